@@ -1,0 +1,116 @@
+"""The lean engine: prefill, then decode over a static KV cache. For measuring, parity and one fast stream; no server.
+
+Shapes: B rows, T prompt tokens (padded on the left), V vocabulary.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from ascend.cache import StaticCache
+from ascend.errors import UserError
+from ascend.model import BailingMoeV2ForCausalLM, left_padding
+from ascend.sampling import Sampling
+
+
+@torch.inference_mode()
+def generate(
+    model: BailingMoeV2ForCausalLM,
+    input_ids: Tensor,
+    max_new_tokens: int = 32,
+    *,
+    attention_mask: Tensor | None = None,
+    temperature: float = 0.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    seed: int | None = None,
+    stop_token_ids: Sequence[int] = (),
+    on_token: Callable[[Tensor], None] | None = None,
+) -> Tensor:
+    """Continue each row of ``input_ids`` (int64 ``[B, T]``); returns int64 ``[B, T + new]``, prompts included.
+
+    Prompts of different lengths are padded on the left, with zeros in ``attention_mask`` ``[B, T]`` there. Greedy
+    unless ``temperature`` is above 0; then `ascend.sampling.Sampling` says what ``top_k``, ``top_p`` and ``seed`` do.
+    A row that has produced one of ``stop_token_ids`` is filled up with that token, and generation ends early once all
+    rows have; without stop tokens it always makes ``max_new_tokens``. ``on_token`` receives each step's new tokens,
+    int64 ``[B]``, as they come. Raises `UserError` for arguments that make no sense.
+    """
+    sampling = Sampling(temperature, top_k, top_p, seed)
+    _check(model, input_ids, max_new_tokens, stop_token_ids)
+    decoder = Decoder(model, input_ids, attention_mask, max_new_tokens)
+    generator = sampling.generator(input_ids.device)
+    stop = torch.tensor(list(stop_token_ids), dtype=torch.int64, device=input_ids.device)
+    tokens = [input_ids]
+    stopped_B = torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+    for done in range(max_new_tokens):
+        logits_BV = decoder.step(tokens[-1][:, 0]) if done else decoder.prefill()
+        token_B = sampling.pick(logits_BV, generator)
+        if len(stop):
+            token_B = torch.where(stopped_B, tokens[-1][:, -1], token_B)
+            stopped_B |= torch.isin(token_B, stop)
+        tokens.append(token_B[:, None])
+        if on_token is not None:
+            on_token(token_B)
+        if len(stop) and bool(stopped_B.all()):
+            break
+    return torch.cat(tokens, dim=1)
+
+
+class Decoder:
+    """One batch in flight: its prompts, its cache, and a step that reads and writes nothing but fixed tensors."""
+
+    def __init__(
+        self, model: BailingMoeV2ForCausalLM, input_ids: Tensor, attention_mask: Tensor | None, max_new_tokens: int
+    ) -> None:
+        B, T = input_ids.shape
+        self.model, self.input_ids = model, input_ids
+        self.start_B = torch.zeros(B, dtype=torch.int64, device=input_ids.device)
+        if attention_mask is not None:
+            self.start_B = left_padding(attention_mask, B, T, may_end_in_padding=False)
+        self.cache = StaticCache(model.config, B, T + max_new_tokens, model.dtype, input_ids.device)
+
+    def prefill(self) -> Tensor:
+        """Run the prompts; logits of the token after each, fp32 ``[B, V]``."""
+        return self._forward(self.input_ids)
+
+    def step(self, token_B: Tensor) -> Tensor:
+        """Run one new token per row; logits of the token after it, fp32 ``[B, V]``."""
+        return self._forward(token_B[:, None])
+
+    def _forward(self, token_BT: Tensor) -> Tensor:
+        model, cache, T = self.model, self.cache, token_BT.shape[1]
+        cache.length_B += T
+        slot_BT = (cache.length_B - T)[:, None] + torch.arange(T, device=token_BT.device)
+        position_BT = (slot_BT - self.start_B[:, None]).clamp_(min=0)
+        step = model.model.step(position_BT, self.start_B, cache.length_B, cache)
+        hidden_BTH = model.model(model.model.word_embeddings(token_BT), step)
+        return model.logits(hidden_BTH[:, -1])
+
+
+def _check(
+    model: BailingMoeV2ForCausalLM, input_ids: Tensor, max_new_tokens: int, stop_token_ids: Sequence[int]
+) -> None:
+    vocab_size = model.config.vocab_size
+    if input_ids.ndim != 2 or input_ids.dtype != torch.int64 or not input_ids.numel():
+        raise UserError(
+            f"input_ids is {input_ids.dtype} {list(input_ids.shape)}, expected int64 [batch, prompt length]"
+        )
+    if int(input_ids.min()) < 0 or int(input_ids.max()) >= vocab_size:
+        raise UserError(f"input_ids holds a token outside the vocabulary of {vocab_size}")
+    if max_new_tokens < 0:
+        raise UserError(f"max_new_tokens is {max_new_tokens}, it cannot be negative")
+    if any(not 0 <= token < vocab_size for token in stop_token_ids):
+        raise UserError(f"stop_token_ids {list(stop_token_ids)} holds a token outside the vocabulary of {vocab_size}")
+    rope = model.model.rope
+    reach = max(model.config.max_position_embeddings, int((rope.factor or 0) * rope.original_max_position))
+    length = input_ids.shape[1] + max_new_tokens
+    if length > reach:
+        warnings.warn(
+            f"{length} tokens, prompt and answer, go beyond the {reach} positions that this model knows; "
+            "a YaRN rope_scaling in config.json extends them",
+            stacklevel=3,
+        )

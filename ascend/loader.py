@@ -1,0 +1,227 @@
+"""Checkpoint to model and back: one table of names, tensors read by mmap one at a time into their place."""
+
+from __future__ import annotations
+
+import json
+import mmap
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ascend.checkpoint import INDEX, SINGLE, Checkpoint, TensorEntry, open_checkpoint
+from ascend.config import BailingMoeV2Config
+from ascend.devices import get_device
+from ascend.errors import UserError, suggest
+from ascend.model import BailingMoeV2ForCausalLM
+from ascend.progress import Progress
+
+# The model fuses and stacks what the checkpoint stores apart. Per parameter of the model: the checkpoint's tensors that
+# form it, in the order of its rows. A stacked parameter [E, …] has them once per expert. All other names are the same.
+PARTS = {"gate_up": ("gate_proj.weight", "up_proj.weight"), "down": ("down_proj.weight",)}
+
+DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
+
+
+def checkpoint_tensors(model: BailingMoeV2ForCausalLM) -> Iterator[tuple[str, Tensor]]:
+    """Yield every tensor of a checkpoint of ``model``: its name there, and its place as a view into a parameter."""
+    for name, parameter in model.named_parameters():
+        prefix, _, leaf = name.rpartition(".")
+        if leaf not in PARTS:
+            yield name, parameter.data
+        elif parameter.ndim == 2:
+            for part, view in zip(PARTS[leaf], parameter.data.chunk(len(PARTS[leaf])), strict=True):
+                yield f"{prefix}.{part}", view
+        else:
+            for expert, weight in enumerate(parameter.data):
+                for part, view in zip(PARTS[leaf], weight.chunk(len(PARTS[leaf])), strict=True):
+                    yield f"{prefix}.{expert}.{part}", view
+
+
+def load_model(
+    path: str | Path, device: str = "cpu", dtype: torch.dtype | str | None = None
+) -> BailingMoeV2ForCausalLM:
+    """Load a checkpoint directory in eval mode; calling the model then returns logits, fp32 ``[B, T, V]``.
+
+    ``dtype`` None keeps the stored one (that of the embedding table); the router is fp32 in every case. Raises
+    `UserError` before anything is allocated if a file or tensor is missing, extra, damaged, or of wrong shape or type.
+    """
+    model = load(path, None, device, dtype)
+    model.plain_logits = True
+    return model
+
+
+def load(
+    path: str | Path, config: BailingMoeV2Config | None, device: Any, dtype: torch.dtype | str | None
+) -> BailingMoeV2ForCausalLM:
+    """Load for `load_model` and `from_pretrained`: check everything, allocate on the device, then fill."""
+    checkpoint = open_checkpoint(path)
+    if "quantization_config" in checkpoint.config:
+        raise UserError(f"{checkpoint.path}: a quantised checkpoint; this version loads BF16, FP16 and FP32 ones")
+    target = _torch_device(device)
+    config = config if config is not None else BailingMoeV2Config(**checkpoint.config)
+    with _default_dtype(_dtype(dtype, checkpoint)), torch.device("meta"):
+        model = BailingMoeV2ForCausalLM(config)
+    check_tensors(checkpoint, model)
+    model = model.to_empty(device=target).requires_grad_(False).eval()
+    _fill(model, checkpoint)
+    if config.norm_head and model.lm_head is not None:
+        # As vLLM does at load: each column over the vocabulary gets unit length.
+        weight = model.lm_head.weight
+        weight.copy_(torch.nn.functional.normalize(weight.float(), dim=0, eps=1e-7))
+    _read_generation_config(model, checkpoint.path)
+    return model
+
+
+def check_tensors(checkpoint: Checkpoint, model: BailingMoeV2ForCausalLM) -> None:
+    """Raise `UserError` unless the checkpoint has exactly the tensors of ``model`` (which may be on ``meta``)."""
+    wanted = dict(checkpoint_tensors(model))
+    for name, place in wanted.items():
+        entry = checkpoint.tensors.get(name)
+        if entry is None:
+            if not _may_be_absent(name, model):
+                raise UserError(f"{checkpoint.path}: tensor {name} is missing from all files")
+            continue
+        if entry.shape != tuple(place.shape):
+            raise UserError(
+                f"{entry.file}: tensor {name} has shape {list(entry.shape)}, config.json asks for {list(place.shape)}"
+            )
+        if entry.dtype not in DTYPES:
+            raise UserError(f"{entry.file}: tensor {name} has dtype {entry.dtype}, expected one of {', '.join(DTYPES)}")
+    for name, entry in checkpoint.tensors.items():
+        if name not in wanted and not (name == "lm_head.weight" and model.lm_head is None):
+            raise UserError(
+                f"{entry.file}: tensor {name} has no place in the model of config.json{suggest(name, wanted)}"
+            )
+    halves = {entry.dtype: entry for entry in checkpoint.tensors.values() if entry.dtype in ("BF16", "F16")}
+    if len(halves) == 2:
+        raise UserError(
+            f"{halves['F16'].file}: holds F16 tensors, {halves['BF16'].file} BF16 ones; convert to one of them"
+        )
+
+
+def _may_be_absent(name: str, model: BailingMoeV2ForCausalLM) -> bool:
+    return name.endswith(".expert_bias") and not model.config.moe_router_enable_expert_bias
+
+
+def _fill(model: BailingMoeV2ForCausalLM, checkpoint: Checkpoint) -> None:
+    places = dict(checkpoint_tensors(model))
+    for name, place in places.items():
+        if name not in checkpoint.tensors:
+            place.zero_()
+    entries = [(name, entry) for name, entry in checkpoint.tensors.items() if name in places]
+    entries.sort(key=lambda item: (item[1].file, item[1].offset))
+    mapped: mmap.mmap | None = None
+    file: Path | None = None
+    with Progress(f"loading {checkpoint.path.name}", sum(entry.nbytes for _, entry in entries)) as progress:
+        for name, entry in entries:
+            if entry.file != file or mapped is None:
+                file = entry.file
+                with file.open("rb") as stream:
+                    mapped = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_COPY)
+            _copy(mapped, entry, places[name])
+            progress.advance(entry.nbytes)
+
+
+def _copy(mapped: mmap.mmap, entry: TensorEntry, place: Tensor) -> None:
+    if not entry.nbytes:
+        return
+    stored = torch.frombuffer(mapped, dtype=DTYPES[entry.dtype], count=place.numel(), offset=entry.offset)
+    place.copy_(stored.view(entry.shape))
+    # Give the pages back at once: they would count as this process's memory until the file is unmapped.
+    begin = entry.offset - entry.offset % mmap.PAGESIZE
+    mapped.madvise(mmap.MADV_DONTNEED, begin, entry.offset + entry.nbytes - begin)
+
+
+def _dtype(dtype: torch.dtype | str | None, checkpoint: Checkpoint) -> torch.dtype:
+    if dtype is None or dtype == "auto":
+        stored = checkpoint.tensors.get("model.word_embeddings.weight")
+        return DTYPES.get(stored.dtype, torch.float32) if stored else torch.float32
+    names = {str(known).removeprefix("torch."): known for known in DTYPES.values()}
+    found = names.get(str(dtype).removeprefix("torch."))
+    if found is None:
+        raise UserError(f"dtype {dtype} is not one of {', '.join(names)}{suggest(str(dtype), names)}")
+    return found
+
+
+def _torch_device(device: Any) -> torch.device:
+    if isinstance(device, dict):
+        if set(device) != {""}:
+            raise UserError("device_map spreads the model over several devices; this version loads it on one")
+        device = device[""]
+    name = f"cuda:{device}" if isinstance(device, int) else str(device)
+    return get_device(name).torch_device
+
+
+@contextmanager
+def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+def _read_generation_config(model: BailingMoeV2ForCausalLM, path: Path) -> None:
+    from transformers import GenerationConfig
+
+    if (path / "generation_config.json").exists():
+        model.generation_config = GenerationConfig.from_pretrained(str(path))
+
+
+def save(model: BailingMoeV2ForCausalLM, path: Path, max_shard_size: int | str = "5GB") -> None:
+    """Write a model as a checkpoint directory: original tensor names, safetensors, shards of at most that size."""
+    path.mkdir(parents=True, exist_ok=True)
+    model.config.architectures = ["BailingMoeV2ForCausalLM"]
+    model.config.dtype = model.dtype
+    model.config.save_pretrained(str(path))
+    if model.generation_config is not None:
+        model.generation_config.save_pretrained(str(path))
+    shards = _shards(model, _bytes(max_shard_size))
+    files = (
+        [SINGLE]
+        if len(shards) == 1
+        else [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
+    )
+    for file, tensors in zip(files, shards, strict=True):
+        # One shard at a time in memory: the views of stacked experts become tensors of their own only here.
+        save_file({name: _stored(model, t).clone() for name, t in tensors.items()}, path / file, {"format": "pt"})
+    if len(shards) > 1:
+        weight_map = {name: file for file, tensors in zip(files, shards, strict=True) for name in tensors}
+        total = sum(p.numel() * p.element_size() for p in model.parameters())
+        (path / INDEX).write_text(json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=2))
+
+
+def _stored(model: BailingMoeV2ForCausalLM, tensor: Tensor) -> Tensor:
+    # The router's weight is fp32 in memory; where it came from the model's dtype it goes back to it without loss.
+    rounded = tensor.to(model.dtype)
+    return rounded if torch.equal(rounded.to(tensor.dtype), tensor) else tensor
+
+
+def _shards(model: BailingMoeV2ForCausalLM, limit: int) -> list[dict[str, Tensor]]:
+    shards: list[dict[str, Tensor]] = [{}]
+    size = 0
+    for name, tensor in checkpoint_tensors(model):
+        nbytes = tensor.numel() * tensor.element_size()
+        if shards[-1] and size + nbytes > limit:
+            shards.append({})
+            size = 0
+        shards[-1][name] = tensor
+        size += nbytes
+    return shards
+
+
+def _bytes(size: int | str) -> int:
+    if isinstance(size, int):
+        return size
+    units = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+    digits = size.strip().upper()
+    for unit in sorted(units, key=len, reverse=True):
+        if digits.endswith(unit) and digits.removesuffix(unit).strip().replace(".", "", 1).isdigit():
+            return int(float(digits.removesuffix(unit)) * units[unit])
+    raise UserError(f"max_shard_size {size!r} is not a size such as 5GB or 500MB")

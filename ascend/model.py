@@ -1,0 +1,384 @@
+"""BailingMoeV2, written once: cached or not, on any device, over the ops of `ops`.
+
+Read from the bottom: `BailingMoeV2ForCausalLM` → `BailingMoeV2Model` → `DecoderLayer` → `Attention` and `MoE`. The
+weights of all experts of a layer are one tensor, gate and up projections are fused; `ascend.loader` has the table that
+maps the checkpoint's names to these.
+
+Shapes: B rows, T new tokens per row, S cache slots, H hidden_size, V vocabulary, N query heads, G key/value heads,
+D head_dim, C = (N + 2G)·D, R = rotary dimensions / 2, E experts, I intermediate width.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import DynamicCache, GenerationMixin, PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+import ops
+from ascend.cache import LayerCache, TransientCache
+from ascend.config import BailingMoeV2AliasConfig, BailingMoeV2Config
+from ascend.errors import UserError
+from ascend.rope import Rope, cos_sin
+
+
+@dataclass(frozen=True)
+class Step:
+    """What all layers of one forward pass share: rotary angles, and per row the first and the end of the seen slots."""
+
+    cos_BTR: Tensor
+    sin_BTR: Tensor
+    start_B: Tensor
+    length_B: Tensor
+    cache: LayerCache
+
+
+class Weight(nn.Module):
+    """A module that is nothing but a weight (and a bias): a norm, a projection, an embedding."""
+
+    def __init__(self, *shape: int, bias: bool = False) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(shape))
+        self.bias = nn.Parameter(torch.empty(shape[0])) if bias else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The linear projection of ``x``."""
+        return ops.linear(x, self.weight, self.bias)
+
+
+class Attention(nn.Module):
+    """Grouped-query attention with optional RMSNorm of each query and key head before RoPE."""
+
+    def __init__(self, config: BailingMoeV2Config, layer: int) -> None:
+        super().__init__()
+        self.layer, self.eps, self.scale = layer, config.rms_norm_eps, config.head_dim**-0.5
+        heads = config.num_attention_heads + 2 * config.num_key_value_heads
+        self.query_key_value = Weight(heads * config.head_dim, config.hidden_size, bias=config.use_qkv_bias)
+        self.dense = Weight(config.hidden_size, config.num_attention_heads * config.head_dim, bias=config.use_bias)
+        self.query_layernorm = Weight(config.head_dim) if config.use_qk_norm else None
+        self.key_layernorm = Weight(config.head_dim) if config.use_qk_norm else None
+
+    def forward(self, x_BTH: Tensor, step: Step) -> Tensor:
+        """``[B, T, H]`` → ``[B, T, H]``; writes the new keys and values to the step's cache."""
+        qkv_BTC = self.query_key_value(x_BTH)
+        q_norm = self.query_layernorm.weight if self.query_layernorm is not None else None
+        k_norm = self.key_layernorm.weight if self.key_layernorm is not None else None
+        k, v, written_B = step.cache.buffers(self.layer, qkv_BTC)
+        q = ops.rope_to_cache(qkv_BTC, q_norm, k_norm, step.cos_BTR, step.sin_BTR, k, v, written_B, self.eps)
+        k, v = step.cache.commit(self.layer, k, v)
+        out_BTND = ops.attention(q, k, v, step.start_B, step.length_B, self.scale)
+        return self.dense(out_BTND.flatten(2))
+
+
+class MLP(nn.Module):
+    """SwiGLU with gate and up fused: a dense layer's MLP, or all shared experts of a layer as one."""
+
+    def __init__(self, hidden_size: int, intermediate_size: int) -> None:
+        super().__init__()
+        self.gate_up = nn.Parameter(torch.empty(2 * intermediate_size, hidden_size))
+        self.down = nn.Parameter(torch.empty(hidden_size, intermediate_size))
+
+    def forward(self, x_TH: Tensor) -> Tensor:
+        """``[..., H]`` → ``[..., H]``."""
+        return ops.swiglu_mlp(x_TH, self.gate_up, self.down)
+
+
+class Gate(nn.Module):
+    """The router: its weight and its choosing bias stay fp32 whatever the model's dtype."""
+
+    def __init__(self, config: BailingMoeV2Config) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(config.num_experts, config.hidden_size, dtype=torch.float32))
+        self.expert_bias = nn.Parameter(torch.empty(config.num_experts, dtype=torch.float32), requires_grad=False)
+        self.top_k, self.n_group, self.topk_group = config.num_experts_per_tok, config.n_group, config.topk_group
+        self.normalise, self.scaling = config.norm_topk_prob, float(config.routed_scaling_factor)
+
+    def forward(self, x_TH: Tensor) -> tuple[Tensor, Tensor]:
+        """Return ``(weight_TK, expert_TK)`` of the chosen experts; see `ops.reference.moe_gate`."""
+        return ops.moe_gate(
+            x_TH, self.weight, self.expert_bias, self.top_k, self.n_group, self.topk_group, self.normalise, self.scaling
+        )
+
+
+class Experts(nn.Module):
+    """The weights of all routed experts of a layer, stacked for grouped work."""
+
+    def __init__(self, config: BailingMoeV2Config) -> None:
+        super().__init__()
+        E, H, width = config.num_experts, config.hidden_size, config.moe_intermediate_size
+        self.gate_up = nn.Parameter(torch.empty(E, 2 * width, H))
+        self.down = nn.Parameter(torch.empty(E, H, width))
+
+
+class MoE(nn.Module):
+    """Routed experts plus, where there are any, the shared ones that see every token."""
+
+    def __init__(self, config: BailingMoeV2Config) -> None:
+        super().__init__()
+        self.gate = Gate(config)
+        self.experts = Experts(config)
+        width = config.shared_intermediate_size
+        self.shared_experts = MLP(config.hidden_size, width) if width else None
+
+    def forward(self, x_BTH: Tensor) -> Tensor:
+        """``[B, T, H]`` → ``[B, T, H]``."""
+        x_TH = x_BTH.flatten(0, -2)
+        weight_TK, expert_TK = self.gate(x_TH)
+        out_TH = ops.moe_experts(x_TH, weight_TK, expert_TK, self.experts.gate_up, self.experts.down)
+        if self.shared_experts is not None:
+            out_TH = out_TH + self.shared_experts(x_TH)
+        return out_TH.view_as(x_BTH)
+
+
+class DecoderLayer(nn.Module):
+    """Attention and MLP, each on the normalised residual stream and added back to it."""
+
+    def __init__(self, config: BailingMoeV2Config, layer: int) -> None:
+        super().__init__()
+        self.eps = config.rms_norm_eps
+        self.input_layernorm = Weight(config.hidden_size)
+        self.attention = Attention(config, layer)
+        self.post_attention_layernorm = Weight(config.hidden_size)
+        self.mlp = MoE(config) if config.is_moe_layer(layer) else MLP(config.hidden_size, config.intermediate_size)
+
+    def forward(self, x_BTH: Tensor, residual_BTH: Tensor | None, step: Step) -> tuple[Tensor, Tensor]:
+        """Return the MLP's output and the stream it is yet to be added to: the next norm does both at once."""
+        if residual_BTH is None:
+            x, residual = ops.rms_norm(x_BTH, self.input_layernorm.weight, self.eps), x_BTH
+        else:
+            x, residual = ops.add_rms_norm(x_BTH, residual_BTH, self.input_layernorm.weight, self.eps)
+        x = self.attention(x, step)
+        x, residual = ops.add_rms_norm(x, residual, self.post_attention_layernorm.weight, self.eps)
+        return self.mlp(x), residual
+
+
+class MTPLayer(DecoderLayer):
+    """Multi-token prediction: one more decoder layer on the normalised pair (next token's embedding, hidden state)."""
+
+    def __init__(self, config: BailingMoeV2Config, layer: int) -> None:
+        super().__init__(config, layer)
+        self.enorm = Weight(config.hidden_size)
+        self.hnorm = Weight(config.hidden_size)
+        self.eh_proj = Weight(config.hidden_size, 2 * config.hidden_size)
+        self.final_layernorm = Weight(config.hidden_size)
+
+    def draft(self, embedding_BTH: Tensor, hidden_BTH: Tensor, step: Step) -> Tensor:
+        """Hidden states ``[B, T, H]`` to put through the head, after the layer's own final norm."""
+        embedding = ops.rms_norm(embedding_BTH, self.enorm.weight, self.eps)
+        hidden = ops.rms_norm(hidden_BTH, self.hnorm.weight, self.eps)
+        x, residual = self(self.eh_proj(torch.cat([embedding, hidden], dim=-1)), None, step)
+        return ops.add_rms_norm(x, residual, self.final_layernorm.weight, self.eps)[0]
+
+
+class BailingMoeV2Model(nn.Module):
+    """Embedding, decoder layers and final norm; the MTP layers follow the decoder layers in the same list."""
+
+    def __init__(self, config: BailingMoeV2Config) -> None:
+        super().__init__()
+        self.config, self.eps = config, config.rms_norm_eps
+        self.rope = Rope.from_config(config)
+        self.frequencies: Tensor | None = (
+            None  # made at first use: a model that is built on the meta device has no data
+        )
+        self.word_embeddings = nn.Embedding(config.vocab_size, config.hidden_size)
+        depth = config.num_hidden_layers
+        self.layers = nn.ModuleList([DecoderLayer(config, layer) for layer in range(depth)])
+        self.layers.extend([MTPLayer(config, depth + i) for i in range(config.num_nextn_predict_layers)])
+        self.norm = Weight(config.hidden_size)
+
+    def step(self, position_BT: Tensor, start_B: Tensor, length_B: Tensor, cache: LayerCache) -> Step:
+        """Make what the layers share in a pass over the tokens at these positions."""
+        if self.frequencies is None or self.frequencies.device != position_BT.device:
+            self.frequencies = self.rope.inverse_frequencies().to(position_BT.device)
+        cos, sin = cos_sin(self.frequencies, self.rope.attention_factor, position_BT)
+        return Step(cos, sin, start_B, length_B, cache)
+
+    def forward(self, embedding_BTH: Tensor, step: Step, taps: list[Tensor] | None = None) -> Tensor:
+        """Return the hidden states after the final norm, ``[B, T, H]``.
+
+        ``taps`` collects the residual stream before the first layer and after each one.
+        """
+        x: Tensor = embedding_BTH
+        residual: Tensor | None = None
+        for layer in self.layers[: self.config.num_hidden_layers]:
+            if taps is not None:
+                taps.append(x if residual is None else x + residual)
+            x, residual = layer(x, residual, step)
+        assert residual is not None, "a model has at least one layer"
+        if taps is not None:
+            taps.append(x + residual)
+        return ops.add_rms_norm(x, residual, self.norm.weight, self.eps)[0]
+
+
+class BailingMoeV2ForCausalLM(PreTrainedModel, GenerationMixin):
+    """The model with its head; a transformers model in every respect but training (the ops define no gradient)."""
+
+    config: BailingMoeV2Config
+    config_class: type[BailingMoeV2Config] = BailingMoeV2Config
+    base_model_prefix = "model"
+    main_input_name = "input_ids"
+    _supports_sdpa = True  # transformers asks; attention is `ops.attention` whatever it is told
+    _no_split_modules: ClassVar[list[str]] = ["DecoderLayer", "MTPLayer"]  # type: ignore[misc]
+
+    def __init__(self, config: BailingMoeV2Config) -> None:
+        super().__init__(config)
+        self.model = BailingMoeV2Model(config)
+        self.lm_head = None if config.tie_word_embeddings else Weight(config.vocab_size, config.hidden_size)
+        # `ascend.load_model` turns this on: a call then returns the logits themselves, not a transformers output.
+        self.plain_logits = False
+        self.post_init()
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Any = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        **ignored: Any,
+    ) -> Tensor | CausalLMOutputWithPast:
+        """Logits of every position (of the last ``logits_to_keep``, if given): fp32 ``[B, T, V]``.
+
+        ``input_ids`` is int64 ``[B, T]``; ``attention_mask`` ``[B, past + T]`` marks padding on the left with zeros (on
+        the right too, where nothing is cached). ``past_key_values`` is a transformers cache. Returns the tensor alone
+        after `ascend.load_model`, a `CausalLMOutputWithPast` after `from_pretrained` or with ``return_dict=True``.
+        """
+        if ignored.get("labels") is not None:
+            raise UserError("this model computes no loss: its ops are for inference and define no gradient")
+        embedding = self.model.word_embeddings(input_ids) if inputs_embeds is None else inputs_embeds
+        as_output = return_dict if return_dict is not None else not self.plain_logits
+        if past_key_values is None and (use_cache if use_cache is not None else self.config.use_cache and as_output):
+            past_key_values = DynamicCache()
+        step = self._step(embedding, attention_mask, position_ids, past_key_values)
+        taps: list[Tensor] | None = [] if output_hidden_states else None
+        hidden = self.model(embedding, step, taps)
+        kept = hidden[:, -logits_to_keep:] if isinstance(logits_to_keep, int) else hidden[:, logits_to_keep]
+        logits = self.logits(kept)
+        if not as_output:
+            return logits
+        states = None if taps is None else (*taps[:-1], hidden)
+        return CausalLMOutputWithPast(None, logits, past_key_values, states)  # type: ignore[arg-type]
+
+    def mtp_logits(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> list[Tensor]:
+        """One fp32 ``[B, T, V]`` per MTP layer: ``drafts[i][:, t]`` predicts token ``t + 2 + i``.
+
+        Position ``t`` of layer ``i`` sees the embedding of token ``t + 1 + i``, so the last ``i + 1`` positions have
+        none (they get token 0's, as in the authors' code) and predict nothing of use.
+        """
+        embedding = self.model.word_embeddings(input_ids)
+        step = self._step(embedding, attention_mask, None, None)
+        hidden = self.model(embedding, step)
+        drafts = []
+        for layer in self.model.layers[self.config.num_hidden_layers :]:
+            input_ids = F.pad(input_ids[:, 1:], (0, 1))
+            hidden = layer.draft(self.model.word_embeddings(input_ids), hidden, step)
+            drafts.append(self.logits(hidden))
+        return drafts
+
+    def logits(self, hidden_BTH: Tensor) -> Tensor:
+        """Put normalised hidden states through the head: fp32 ``[..., V]``."""
+        weight = self.model.word_embeddings.weight if self.lm_head is None else self.lm_head.weight
+        return ops.linear(hidden_BTH, weight, None).float()
+
+    def _step(
+        self, embedding_BTH: Tensor, mask: Tensor | None, position_BT: Tensor | None, transformers_cache: Any
+    ) -> Step:
+        B, T, _ = embedding_BTH.shape
+        device = embedding_BTH.device
+        past = 0 if transformers_cache is None else int(transformers_cache.get_seq_length())
+        start_B = torch.zeros(B, dtype=torch.int64, device=device)
+        if mask is not None:
+            start_B = left_padding(mask, B, past + T, may_end_in_padding=past == 0 and transformers_cache is None)
+        slot_T = torch.arange(past, past + T, device=device)
+        if position_BT is None:
+            position_BT = (slot_T - start_B[:, None]).clamp(min=0)
+        length_B = torch.full((B,), past + T, dtype=torch.int64, device=device)
+        cache = TransientCache(self.config, transformers_cache, slot_T)
+        return self.model.step(position_BT.expand(B, T), start_B, length_B, cache)
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        for name, parameter in module.named_parameters(recurse=False):
+            if parameter.ndim > 1:
+                parameter.normal_(0.0, self.config.initializer_range)
+            else:
+                parameter.fill_(1.0 if name == "weight" else 0.0)
+
+    def tie_weights(self, *args: Any, **kwargs: Any) -> None:
+        """Nothing to do: a tied head has no weight of its own."""
+
+    def get_input_embeddings(self) -> nn.Module:
+        """The embedding table's module."""
+        return self.model.word_embeddings
+
+    def get_output_embeddings(self) -> nn.Module | None:
+        """The head's module; None where it is the embedding table."""
+        return self.lm_head
+
+    @staticmethod
+    def create_masks_for_generate(attention_mask: Tensor | None = None, **_: Any) -> Tensor | None:
+        """Keep the two-dimensional mask that transformers would blow up to ``[B, 1, T, S]`` for a static cache."""
+        return attention_mask
+
+    @classmethod
+    def from_pretrained(  # type: ignore[override]
+        cls,
+        pretrained_model_name_or_path: str | Path,
+        *,
+        config: BailingMoeV2Config | None = None,
+        dtype: torch.dtype | str | None = None,
+        torch_dtype: torch.dtype | str | None = None,
+        device_map: Any = None,
+        **ignored: Any,
+    ) -> BailingMoeV2ForCausalLM:
+        """Load a local directory as transformers would, by this project's loader: strict, in place, no remote code.
+
+        ``dtype`` is a torch dtype, its name, or ``"auto"`` (as stored, the default); ``device_map`` one device or
+        ``"auto"``. Raises `UserError` for a directory that `ascend.load_model` refuses.
+        """
+        from ascend.loader import load
+
+        return load(pretrained_model_name_or_path, config, device_map or "cpu", dtype or torch_dtype)
+
+    def save_pretrained(self, save_directory: str | Path, max_shard_size: int | str = "5GB", **ignored: Any) -> None:  # type: ignore[override]
+        """Write ``config.json`` and safetensors under the checkpoint's original tensor names."""
+        from ascend.loader import save
+
+        save(self, Path(save_directory), max_shard_size)
+
+
+class BailingMoeV2AliasForCausalLM(BailingMoeV2ForCausalLM):
+    """The same model for configurations of the other `model_type`."""
+
+    config_class = BailingMoeV2AliasConfig
+
+
+def left_padding(mask: Tensor, batch: int, length: int, may_end_in_padding: bool) -> Tensor:
+    """Return each row's number of padded slots on the left, int64 ``[B]``, from a mask ``[B, S]`` of ones and zeros.
+
+    Raises `UserError` for a mask of another shape, with padding between tokens, or (unless ``may_end_in_padding``) with
+    padding on the right, where new tokens would go.
+    """
+    if mask.shape != (batch, length):
+        raise UserError(
+            f"attention_mask has shape {list(mask.shape)}, expected [{batch}, {length}]: a zero per padded slot"
+        )
+    real = mask.to(torch.int8)
+    start_B = real.argmax(-1)
+    end_B = start_B + real.sum(-1)
+    slot_S = torch.arange(length, device=mask.device)
+    filled = (slot_S >= start_B[:, None]) & (slot_S < end_B[:, None])
+    if not torch.equal(filled, real.bool()):
+        raise UserError("attention_mask has padding between tokens; pad on the left only")
+    if not may_end_in_padding and bool((end_B < length).any()):
+        raise UserError("attention_mask pads on the right; pad prompts on the left (tokenizer.padding_side = 'left')")
+    return start_B

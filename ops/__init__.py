@@ -1,0 +1,56 @@
+"""The operations of the model, as ``torch.library`` ops: one name, one definition, one implementation per device.
+
+What comes in and goes out of each op is defined by the plain-torch function of the same name in `ops.reference`; read
+that file first. A device that has nothing faster runs the reference. The model calls the functions below and never asks
+where it runs; shapes can be followed on the ``meta`` device. The ops are for inference: none defines a gradient.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ops import cpu, reference
+
+_LIBRARY = torch.library.Library("ascend", "DEF")
+
+SCHEMAS = {
+    "rms_norm": "(Tensor x, Tensor weight, float eps) -> Tensor",
+    "add_rms_norm": "(Tensor x, Tensor residual, Tensor weight, float eps) -> (Tensor, Tensor)",
+    "linear": "(Tensor x, Tensor weight, Tensor? bias) -> Tensor",
+    "swiglu_mlp": "(Tensor x_TH, Tensor gate_up_IH, Tensor down_HI) -> Tensor",
+    "moe_gate": "(Tensor x_TH, Tensor weight_EH, Tensor? bias_E, int top_k, int n_group, int topk_group, "
+    "bool normalise, float scaling) -> (Tensor, Tensor)",
+    "moe_experts": "(Tensor x_TH, Tensor weight_TK, Tensor expert_TK, Tensor gate_up_EIH, Tensor down_EHI) -> Tensor",
+    "rope_to_cache": "(Tensor qkv_BTC, Tensor? q_norm_D, Tensor? k_norm_D, Tensor cos_BTR, Tensor sin_BTR, "
+    "Tensor(a!) k_BGSD, Tensor(b!) v_BGSD, Tensor length_B, float eps) -> Tensor",
+    "attention": "(Tensor q_BTND, Tensor k_BGSD, Tensor v_BGSD, Tensor start_B, Tensor length_B, float scale) "
+    "-> Tensor",
+}
+
+# Implementations by dispatch key; what a table lacks runs the reference. CUDA and NPU bring tables of their own.
+KERNELS = {"CPU": cpu.KERNELS}
+
+
+def _register() -> None:
+    for name, schema in SCHEMAS.items():
+        _LIBRARY.define(name + schema)
+        _LIBRARY.impl(name, getattr(reference, name), "CompositeExplicitAutograd")
+        _LIBRARY.impl(name, getattr(reference, f"{name}_meta"), "Meta")
+    for key, kernels in KERNELS.items():
+        for name, kernel in kernels.items():
+            _LIBRARY.impl(name, kernel, key)
+
+
+_register()
+
+rms_norm = torch.ops.ascend.rms_norm.default
+add_rms_norm = torch.ops.ascend.add_rms_norm.default
+linear = torch.ops.ascend.linear.default
+swiglu_mlp = torch.ops.ascend.swiglu_mlp.default
+moe_gate = torch.ops.ascend.moe_gate.default
+moe_experts = torch.ops.ascend.moe_experts.default
+rope_to_cache = torch.ops.ascend.rope_to_cache.default
+attention = torch.ops.ascend.attention.default
+
+__all__ = [*SCHEMAS, "KERNELS", "SCHEMAS", "Tensor"]
