@@ -65,12 +65,17 @@ class _RegisterOnImport(MetaPathFinder):
     ) -> ModuleSpec | None:
         if fullname != "transformers":
             return None
+        # Only looked for, as many libraries do, it is not imported yet: the finder stays until the module has run.
         sys.meta_path.remove(self)
-        spec = importlib.util.find_spec(fullname)
+        try:
+            spec = importlib.util.find_spec(fullname)
+        finally:
+            sys.meta_path.insert(0, self)
         if spec is not None and spec.loader is not None:
             run = spec.loader.exec_module
 
             def run_and_register(module: ModuleType) -> None:
+                sys.meta_path.remove(self)
                 run(module)
                 register()
 

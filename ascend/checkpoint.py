@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,7 @@ INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 MODEL_TYPES = ("bailing_moe", "bailing_moe_v2")
 MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library
+MAX_DIMENSIONS = 64  # torch's limit
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 DTYPE_BYTES = {
     "BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "I16": 2, "U16": 2, "F16": 2, "BF16": 2,
@@ -51,18 +54,27 @@ class Checkpoint:
         return sum(entry.nbytes for entry in self.tensors.values())
 
 
+@contextmanager
+def _os_errors() -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{error.filename}: cannot be read: {error.strerror}") from None
+
+
+@_os_errors()
 def open_checkpoint(path: str | Path) -> Checkpoint:
     """Check a checkpoint directory and list its tensors. Raises `UserError` that names the file and the tensor."""
     path = Path(path)
     config = read_config(path)
     for file in sorted(path.iterdir()):
-        if file.suffix in PICKLE_SUFFIXES:
+        if file.suffix.lower() in PICKLE_SUFFIXES:
             raise UserError(
                 f"{file}: a pickle can run code when it is opened, so a directory that holds one is not served; "
                 "convert it to safetensors or remove it"
             )
-    names = _read_index(path) if (path / INDEX).exists() else None
-    if names is None and not (path / SINGLE).exists():
+    names = _read_index(path) if (path / INDEX).is_file() else None
+    if names is None and not (path / SINGLE).is_file():
         raise UserError(f"{path}: no weights here, neither {SINGLE} nor {INDEX}")
     tensors: dict[str, TensorEntry] = {}
     for file in sorted(set(names.values())) if names is not None else [path / SINGLE]:
@@ -77,23 +89,25 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     return Checkpoint(path, config, tensors)
 
 
+@_os_errors()
 def read_config(path: Path) -> dict[str, Any]:
     """Read ``config.json`` of a model directory. Raises `UserError` if it is not one of this architecture."""
     if not path.is_dir():
         raise UserError(f"{path}: no such model directory" if not path.exists() else f"{path}: is not a directory")
     file = path / "config.json"
-    if not file.exists():
+    if not file.is_file():
         raise UserError(f"{path}: is not a model directory, it has no config.json")
-    config = _read_json(file)
+    config = _parse_json(file, file.read_bytes())
     model_type = config.get("model_type")
     if model_type not in MODEL_TYPES:
         raise UserError(f"{file}: model_type is {model_type!r}, this toolkit serves {' and '.join(MODEL_TYPES)}")
     return config
 
 
+@_os_errors()
 def read_header(file: Path) -> dict[str, TensorEntry]:
     """Read one safetensors header and check it against the file's size, as the format's specification demands."""
-    if not file.exists():
+    if not file.is_file():
         raise UserError(f"{file}: missing, though the checkpoint needs it; copy the whole directory again")
     size = file.stat().st_size
     with file.open("rb") as stream:
@@ -120,9 +134,13 @@ def read_header(file: Path) -> dict[str, TensorEntry]:
 
 
 def _entry(file: Path, name: str, value: Any, data_start: int) -> TensorEntry:
+    _check_name(file, name)
     try:
         dtype, shape, (begin, end) = value["dtype"], tuple(value["shape"]), value["data_offsets"]
-        if not all(type(number) is int and number >= 0 for number in (*shape, begin, end)):
+        numbers = (*shape, begin, end)
+        if not isinstance(dtype, str) or not all(type(n) is int and 0 <= n < 2**63 for n in numbers):
+            raise ValueError
+        if len(shape) > MAX_DIMENSIONS:
             raise ValueError
     except (KeyError, TypeError, ValueError):
         raise UserError(f"{file}: the header's entry for tensor {name} is malformed; the file is damaged") from None
@@ -136,35 +154,37 @@ def _entry(file: Path, name: str, value: Any, data_start: int) -> TensorEntry:
     return TensorEntry(file, dtype, shape, data_start + begin, nbytes)
 
 
+def _check_name(file: Path, name: str) -> None:
+    if not name.isprintable():  # it would reach the terminal in error messages
+        raise UserError(f"{file}: the name {name!r} holds control characters; the file is damaged")
+
+
 def _read_index(path: Path) -> dict[str, Path]:
     file = path / INDEX
-    weight_map = _read_json(file).get("weight_map")
+    weight_map = _parse_json(file, file.read_bytes()).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise UserError(f"{file}: has no weight_map")
     for name, shard in weight_map.items():
+        _check_name(file, name)
         if not isinstance(shard, str) or Path(shard).name != shard:
             raise UserError(f"{file}: tensor {name} is said to be in {shard!r}, which is not a file name")
         if not shard.endswith(".safetensors"):
-            raise UserError(f"{file}: tensor {name} is in {shard}, which is not a safetensors file")
+            raise UserError(f"{file}: tensor {name} is in {shard!r}, which is not a safetensors file")
+        _check_name(file, shard)
     return {name: path / shard for name, shard in weight_map.items()}
-
-
-def _read_json(file: Path) -> dict[str, Any]:
-    try:
-        return _parse_json(file, file.read_bytes())
-    except OSError as error:
-        raise UserError(f"{file}: cannot be read: {error.strerror}") from None
 
 
 def _parse_json(file: Path, text: bytes) -> dict[str, Any]:
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        value = dict(pairs)
-        if len(value) != len(pairs):
-            raise ValueError("a key stands in it twice")
+        value: dict[str, Any] = {}
+        for key, item in pairs:
+            if key in value:
+                raise ValueError(f"{key!r} stands in it twice")
+            value[key] = item
         return value
 
     try:
-        value = json.loads(text, object_pairs_hook=unique)
+        value = json.loads(text.decode(), object_pairs_hook=unique)
     except (ValueError, RecursionError) as error:
         raise UserError(f"{file}: not readable as JSON ({error}); the file is damaged") from None
     if not isinstance(value, dict):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, ClassVar
 
 try:
@@ -80,7 +81,9 @@ class BailingMoeV2Config(PreTrainedConfig):
         self.num_hidden_layers = num_hidden_layers
         self.num_attention_heads = num_attention_heads
         self.num_key_value_heads = num_key_value_heads
-        self.head_dim = head_dim or (hidden_size // num_attention_heads if num_attention_heads else 0)
+        for key in ("hidden_size", "num_attention_heads"):
+            _check_number(key, getattr(self, key), _LEAST[key])
+        self.head_dim = head_dim or hidden_size // num_attention_heads
         self.hidden_act = hidden_act
         self.use_qkv_bias = use_qkv_bias
         self.use_bias = use_bias
@@ -107,39 +110,63 @@ class BailingMoeV2Config(PreTrainedConfig):
         self.output_dropout = output_dropout
         self.initializer_range = initializer_range
         self.use_cache = use_cache
+        for key, least in _LEAST.items():
+            _check_number(key, getattr(self, key), least)
+        for key, rope in (("rope_parameters", rope_parameters), ("rope_scaling", rope_scaling)):
+            if not isinstance(rope, dict | None):
+                raise UserError(f"config.json: {key} is {rope!r}, it must be an object with a rope_type")
         self._set_rope(
             {**(rope_parameters or {}), **(rope_scaling or {})}, rope_theta, partial_rotary_factor, rotary_dim
         )
         if isinstance(pad_token_id, int) and isinstance(vocab_size, int) and pad_token_id >= vocab_size:
             pad_token_id = None  # the family's default, in a model with a smaller vocabulary
-        super().__init__(  # type: ignore[call-arg]
-            pad_token_id=pad_token_id, eos_token_id=eos_token_id, tie_word_embeddings=tie_word_embeddings, **kwargs
-        )
+        try:
+            super().__init__(  # type: ignore[call-arg]
+                pad_token_id=pad_token_id, eos_token_id=eos_token_id, tie_word_embeddings=tie_word_embeddings, **kwargs
+            )
+        except (AttributeError, KeyError, TypeError, ValueError) as error:  # a key of transformers' own, such as dtype
+            raise UserError(f"config.json: transformers refuses it: {str(error).splitlines()[-1].strip()}") from None
         self.validate_model()
 
     def _set_rope(
         self, rope: dict[str, Any], theta: float, partial_rotary_factor: float | None, rotary_dim: int | None
     ) -> None:
         self.rope_theta = rope.pop("rope_theta", None) or theta
+        _check_number("rope_theta", self.rope_theta, 2.0)  # its logarithm divides
         # Authors' code and vLLM rotate the whole head where neither key says otherwise.
-        factor = partial_rotary_factor or rope.pop("partial_rotary_factor", None)
-        if rotary_dim is not None and factor is not None and int(self.head_dim * factor) != rotary_dim:
-            raise UserError(
-                f"config.json: rotary_dim {rotary_dim} contradicts partial_rotary_factor {factor} of head_dim "
-                f"{self.head_dim}; remove one of the two"
-            )
-        self.partial_rotary_factor = factor or (rotary_dim / self.head_dim if rotary_dim and self.head_dim else 1.0)
+        factor = partial_rotary_factor if partial_rotary_factor is not None else rope.pop("partial_rotary_factor", None)
+        if factor is not None:
+            _check_number("partial_rotary_factor", factor, 0.0)
         if rotary_dim is not None:
+            _check_number("rotary_dim", rotary_dim, 2)
             self.rotary_dim = rotary_dim
+            if factor is None:
+                factor = rotary_dim / self.head_dim
+                if int(self.head_dim * factor) < rotary_dim:  # rounded down; all who read it multiply and cut off
+                    factor = math.nextafter(factor, 1.0)
+            if int(self.head_dim * factor) != rotary_dim:
+                raise UserError(
+                    f"config.json: rotary_dim {rotary_dim} contradicts partial_rotary_factor {factor} of head_dim "
+                    f"{self.head_dim}; remove one of the two"
+                )
+        self.partial_rotary_factor = factor if factor is not None else 1.0
         rope_type = rope.pop("type", None)
-        rope.setdefault("rope_type", rope_type or "default")
-        if rope["rope_type"] == "yarn":
+        rope_type = rope.setdefault("rope_type", rope_type or "default")
+        if rope_type not in ROPE_TYPES:
+            raise UserError(
+                f"config.json: rope_scaling type {rope_type!r} is not supported, only {' and '.join(ROPE_TYPES)}"
+            )
+        if rope_type == "yarn":
+            for key, least in _YARN_LEAST.items():
+                if rope.get(key) is not None:
+                    _check_number(f"rope_scaling {key}", rope[key], least)
             # Spelt out, so that every engine that reads this configuration takes the same two numbers.
             original = rope.get("original_max_position_embeddings") or self.max_position_embeddings
             rope["original_max_position_embeddings"] = original
             rope["factor"] = rope.get("factor") or self.max_position_embeddings / original
+            _check_number("rope_scaling factor", rope["factor"], 1.0)
         # One dictionary for both major versions: in transformers 5 `rope_scaling` is another name of `rope_parameters`.
-        self.rope_scaling = rope if rope["rope_type"] != "default" else None
+        self.rope_scaling = rope if rope_type != "default" else None
 
     @property
     def shared_intermediate_size(self) -> int:
@@ -154,19 +181,16 @@ class BailingMoeV2Config(PreTrainedConfig):
     def validate_model(self) -> None:
         """Raise `UserError`, one line, if no model can be built from these values."""
         architectures = getattr(self, "architectures", None) or ["BailingMoeV2ForCausalLM"]
-        if "BailingMoeV2ForCausalLM" not in architectures:
+        if not isinstance(architectures, list) or "BailingMoeV2ForCausalLM" not in architectures:
             raise UserError(
-                f"config.json: architectures {architectures} is not BailingMoeV2ForCausalLM; "
+                f"config.json: architectures {architectures} is not ['BailingMoeV2ForCausalLM']; "
                 "this toolkit serves Ling 2.0 and AntAngelMed models only"
             )
-        for key, least in _LEAST.items():
-            value = getattr(self, key)
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                raise UserError(f"config.json: {key} is {value!r}, it must be an integer of at least {least}")
+        shared_width = getattr(self, "moe_shared_expert_intermediate_size", None)
+        if shared_width is not None:
+            _check_number("moe_shared_expert_intermediate_size", shared_width, 1)
         experts_per_group, remainder = divmod(self.num_experts, self.n_group)
         rotary_dim = int(self.head_dim * self.partial_rotary_factor)
-        rope = self.rope_scaling or {}
-        rope_type = rope.get("rope_type", "default")
         problems = {
             f"num_attention_heads {self.num_attention_heads} is not divisible by num_key_value_heads "
             f"{self.num_key_value_heads}": self.num_attention_heads % self.num_key_value_heads,
@@ -182,16 +206,14 @@ class BailingMoeV2Config(PreTrainedConfig):
             f"score_function {self.score_function!r} is not supported, only 'sigmoid'": self.score_function
             != "sigmoid",
             "use_rmsnorm false (LayerNorm) is not supported": not self.use_rmsnorm,
-            f"rope_scaling type {rope_type!r} is not supported, only {' and '.join(ROPE_TYPES)}": rope_type
-            not in ROPE_TYPES,
-            f"rope_scaling factor {rope.get('factor')} is less than 1": rope.get("factor", 1) < 1,
         }
         for problem, found in problems.items():
             if found:
                 raise UserError(f"config.json: {problem}")
 
 
-_LEAST = {
+# The least value of each number: integers, and after them (written with a point) those that may be fractions.
+_LEAST: dict[str, float] = {
     "vocab_size": 1,
     "hidden_size": 1,
     "intermediate_size": 1,
@@ -208,7 +230,25 @@ _LEAST = {
     "moe_intermediate_size": 1,
     "first_k_dense_replace": 0,
     "num_nextn_predict_layers": 0,
+    "rms_norm_eps": 0.0,
+    "routed_scaling_factor": 0.0,
 }
+_YARN_LEAST = {
+    "factor": 1.0,
+    "original_max_position_embeddings": 1.0,
+    "beta_fast": 0.0,
+    "beta_slow": 0.0,
+    "mscale": 0.0,
+    "mscale_all_dim": 0.0,
+    "attention_factor": 0.0,
+}
+
+
+def _check_number(key: str, value: Any, least: float) -> None:
+    """Raise `UserError` unless ``value`` is a number (an integer, where ``least`` is one) of at least ``least``."""
+    kinds, kind = (int, "an integer") if isinstance(least, int) else ((int, float), "a number")
+    if isinstance(value, bool) or not isinstance(value, kinds) or not least <= value < math.inf:
+        raise UserError(f"config.json: {key} is {value!r}, it must be {kind} of at least {least:g}")
 
 
 class BailingMoeV2AliasConfig(BailingMoeV2Config):

@@ -112,5 +112,5 @@ def _check(
         warnings.warn(
             f"{length} tokens, prompt and answer, go beyond the {reach} positions that this model knows; "
             "a YaRN rope_scaling in config.json extends them",
-            stacklevel=3,
+            stacklevel=4,  # the caller of `generate`, past torch's decorator
         )

@@ -12,9 +12,10 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
+from transformers import GenerationConfig
 
 from ascend.checkpoint import INDEX, SINGLE, Checkpoint, TensorEntry, open_checkpoint
-from ascend.config import BailingMoeV2Config
+from ascend.config import BailingMoeV2AliasConfig, BailingMoeV2Config
 from ascend.devices import get_device
 from ascend.errors import UserError, suggest
 from ascend.model import BailingMoeV2ForCausalLM
@@ -25,6 +26,7 @@ from ascend.progress import Progress
 PARTS = {"gate_up": ("gate_proj.weight", "up_proj.weight"), "down": ("down_proj.weight",)}
 
 DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
+CONFIGS = {config.model_type: config for config in (BailingMoeV2Config, BailingMoeV2AliasConfig)}
 
 
 def checkpoint_tensors(model: BailingMoeV2ForCausalLM) -> Iterator[tuple[str, Tensor]]:
@@ -63,17 +65,17 @@ def load(
     if "quantization_config" in checkpoint.config:
         raise UserError(f"{checkpoint.path}: a quantised checkpoint; this version loads BF16, FP16 and FP32 ones")
     target = _torch_device(device)
-    config = config if config is not None else BailingMoeV2Config(**checkpoint.config)
+    config = config if config is not None else CONFIGS[checkpoint.config["model_type"]](**checkpoint.config)
     with _default_dtype(_dtype(dtype, checkpoint)), torch.device("meta"):
         model = BailingMoeV2ForCausalLM(config)
     check_tensors(checkpoint, model)
+    model.generation_config = _generation_config(checkpoint.path) or model.generation_config
     model = model.to_empty(device=target).requires_grad_(False).eval()
     _fill(model, checkpoint)
     if config.norm_head and model.lm_head is not None:
         # As vLLM does at load: each column over the vocabulary gets unit length.
         weight = model.lm_head.weight
         weight.copy_(torch.nn.functional.normalize(weight.float(), dim=0, eps=1e-7))
-    _read_generation_config(model, checkpoint.path)
     return model
 
 
@@ -167,33 +169,43 @@ def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
         torch.set_default_dtype(before)
 
 
-def _read_generation_config(model: BailingMoeV2ForCausalLM, path: Path) -> None:
-    from transformers import GenerationConfig
-
-    if (path / "generation_config.json").exists():
-        model.generation_config = GenerationConfig.from_pretrained(str(path))
+def _generation_config(path: Path) -> GenerationConfig | None:
+    file = path / "generation_config.json"
+    if not file.exists():
+        return None
+    try:
+        return GenerationConfig.from_pretrained(str(path))
+    except (OSError, TypeError, ValueError) as error:
+        raise UserError(f"{file}: not readable ({str(error).splitlines()[0]}); correct or remove it") from None
 
 
 def save(model: BailingMoeV2ForCausalLM, path: Path, max_shard_size: int | str = "5GB") -> None:
-    """Write a model as a checkpoint directory: original tensor names, safetensors, shards of at most that size."""
-    path.mkdir(parents=True, exist_ok=True)
-    model.config.architectures = ["BailingMoeV2ForCausalLM"]
-    model.config.dtype = model.dtype
-    model.config.save_pretrained(str(path))
-    if model.generation_config is not None:
-        model.generation_config.save_pretrained(str(path))
+    """Write a model as a checkpoint directory: original tensor names, safetensors, shards of at most that size.
+
+    Weights that an earlier save left in the directory are removed, so that nobody takes them for the new ones.
+    """
     shards = _shards(model, _bytes(max_shard_size))
     files = (
         [SINGLE]
         if len(shards) == 1
         else [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
     )
+    path.mkdir(parents=True, exist_ok=True)
+    for old in (path / INDEX, path / SINGLE, *path.glob("model-?????-of-?????.safetensors")):
+        old.unlink(missing_ok=True)
+    model.config.architectures = ["BailingMoeV2ForCausalLM"]
+    model.config.dtype = model.dtype
+    model.config.save_pretrained(str(path))
+    if model.generation_config is not None:
+        model.generation_config.save_pretrained(str(path))
+    total = 0
     for file, tensors in zip(files, shards, strict=True):
         # One shard at a time in memory: the views of stacked experts become tensors of their own only here.
-        save_file({name: _stored(model, t).clone() for name, t in tensors.items()}, path / file, {"format": "pt"})
+        stored = {name: _stored(model, tensor).clone() for name, tensor in tensors.items()}
+        total += sum(tensor.nbytes for tensor in stored.values())
+        save_file(stored, path / file, {"format": "pt"})
     if len(shards) > 1:
         weight_map = {name: file for file, tensors in zip(files, shards, strict=True) for name in tensors}
-        total = sum(p.numel() * p.element_size() for p in model.parameters())
         (path / INDEX).write_text(json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=2))
 
 
@@ -207,6 +219,8 @@ def _shards(model: BailingMoeV2ForCausalLM, limit: int) -> list[dict[str, Tensor
     shards: list[dict[str, Tensor]] = [{}]
     size = 0
     for name, tensor in checkpoint_tensors(model):
+        if _may_be_absent(name, model) and not tensor.any():
+            continue
         nbytes = tensor.numel() * tensor.element_size()
         if shards[-1] and size + nbytes > limit:
             shards.append({})

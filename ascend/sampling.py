@@ -30,6 +30,8 @@ class Sampling:
             raise UserError(f"top_k is {self.top_k}, it must be 0 (off) or above")
         if not 0 < self.top_p <= 1:
             raise UserError(f"top_p is {self.top_p}, it must be above 0 and at most 1")
+        if self.seed is not None and not 0 <= self.seed < 2**64:
+            raise UserError(f"seed is {self.seed}, it must be at least 0 and below 2**64")
 
     def generator(self, device: torch.device) -> torch.Generator | None:
         """A random generator for `pick`; None where none is needed."""
@@ -43,7 +45,7 @@ class Sampling:
         """Choose one token per row: int64 ``[B]`` from fp32 ``[B, V]``."""
         if generator is None:
             return logits_BV.argmax(-1)
-        logits_BV = logits_BV / self.temperature
+        logits_BV = logits_BV / max(self.temperature, 1e-6)  # smaller ones overflow, and this is greedy already
         if not self.top_k and self.top_p == 1:
             return torch.multinomial(logits_BV.softmax(-1), 1, generator=generator)[:, 0]
         kept = min(self.top_k or logits_BV.shape[-1], logits_BV.shape[-1])

@@ -1,0 +1,80 @@
+"""What the engine is doing, read from its log: the stage it is in, and the line that says why it failed."""
+
+from __future__ import annotations
+
+import re
+import sys
+import time
+from pathlib import Path
+
+# A line of vLLM's log that contains the text begins the stage. Seen in 0.23, 0.32 and 0.33; a text that a
+# version words differently only joins two stages.
+STAGES = (
+    ("non-default args", "reading the model's configuration"),
+    ("Initializing a V1 LLM engine", "starting the workers"),
+    ("Starting to load model", "loading the weights"),
+    ("Loading weights took", "warming up"),
+    ("Starting vLLM server on", "opening the port"),
+)
+ANSWERING = "answering the first request"
+
+_ERROR = re.compile(r"\b(?:[A-Za-z_.]*(?:Error|Exception)|error)\b\s*:\s*\S|Value error, |Killed|out of memory")
+_CONSEQUENCES = ("Engine core initialization failed", "WorkerProc initialization failed", "See root cause", "raise ")
+_PREFIX = re.compile(r"^(\(\S+ pid=\d+\) )?((INFO|WARNING|ERROR) [\d-]+ [\d:]+ \[[^\]]+\] )?")
+
+
+def error_line(log: Path) -> str:
+    """Return the line of the engine's log that names the cause of its end, or what is known without one."""
+    lines = [_PREFIX.sub("", line).strip() for line in log.read_text(errors="replace").splitlines()]
+    errors = [line for line in lines if _ERROR.search(line)]
+    causes = [line for line in errors if not any(text in line for text in _CONSEQUENCES)]
+    said = causes or errors or [line for line in lines if line]
+    return printable(said[-1])[:500] if said else "it wrote nothing to its log"
+
+
+def printable(text: str) -> str:
+    """Return the text with everything that could steer a terminal taken out."""
+    return "".join(character if character.isprintable() else " " for character in text)
+
+
+class Progress:
+    """Follows the log and shows the stage: one line that renews itself on a terminal, else one line per stage."""
+
+    def __init__(self, log: Path, started_at: float) -> None:
+        """Begin with the engine's start; ``started_at`` (seconds since the epoch) is when the user asked for it."""
+        self._log = log
+        self._read = 0
+        self._terminal = sys.stderr.isatty()
+        self._start = time.monotonic() - (time.time() - started_at)
+        self._marks = [("environment and checks", self._start)]
+        self.enter("importing the engine")
+
+    def enter(self, stage: str) -> None:
+        """A stage begins, and the one before it ends, now. Nothing happens if it has begun already."""
+        if any(stage == entered for entered, _ in self._marks):
+            return
+        self._marks.append((stage, time.monotonic()))
+        if not self._terminal:
+            print(f"{time.monotonic() - self._start:6.1f} s  {stage}", file=sys.stderr, flush=True)
+
+    def update(self) -> None:
+        """Read what is new in the log and show where things are."""
+        with self._log.open("rb") as stream:
+            stream.seek(self._read)
+            new = stream.read()
+        complete = new[: new.rfind(b"\n") + 1]
+        self._read += len(complete)
+        for line in complete.decode(errors="replace").splitlines():
+            for text, stage in STAGES:
+                if text in line:
+                    self.enter(stage)
+        if self._terminal:
+            line = f"{time.monotonic() - self._start:6.1f} s  {self._marks[-1][0]}"
+            print(f"\r\033[K{line}", end="", file=sys.stderr, flush=True)
+
+    def close(self) -> list[tuple[str, float]]:
+        """End the display. Returns the stages with the seconds each took."""
+        if self._terminal:
+            print("\r\033[K", end="", file=sys.stderr, flush=True)
+        ends = [at for _, at in self._marks[1:]] + [time.monotonic()]
+        return [(stage, end - at) for (stage, at), end in zip(self._marks, ends, strict=True)]

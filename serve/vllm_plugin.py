@@ -1,0 +1,21 @@
+"""What vLLM 0.23 to 0.33 lacks for this architecture; found by the entry point group `vllm.general_plugins`.
+
+1. The configuration class. Without it a directory whose config.json has an `auto_map` is refused unless remote code is
+   allowed, and one without is not known at all. With it registered, transformers takes it and never looks at the
+   `auto_map`. To be dropped when transformers has the class.
+2. A model class that leaves out the MTP layers, see `vllm_model.py`.
+"""
+
+from __future__ import annotations
+
+ARCHITECTURE = "BailingMoeV2ForCausalLM"
+
+
+def register() -> None:
+    """Register both. vLLM calls this in the API server, the engine core and every worker, maybe more than once."""
+    from vllm.model_executor.models.registry import ModelRegistry
+
+    import ascend
+
+    ascend.register()
+    ModelRegistry.register_model(ARCHITECTURE, f"serve.vllm_model:{ARCHITECTURE}")  # imported only where it is needed

@@ -1,0 +1,83 @@
+"""The model against the real vLLM CPU engine on the same checkpoints, fp32: other code, other kernels."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import ascend
+from convert.demo import write_demo
+
+TOLERANCE = 1e-3  # on logprobs; about 1e-5 is seen
+YARN = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
+VARIANTS: dict[str, dict[str, Any]] = {
+    "as the family has it": {},
+    "no groups": {"n_group": 1},
+    "eight groups, three kept": {"n_group": 8, "topk_group": 3},
+    "rope on the whole head": {"partial_rotary_factor": 1.0},
+    "yarn beyond the original length": {"rope_scaling": YARN, "max_position_embeddings": 256},
+    "three shared experts of their own width": {"num_shared_experts": 3, "moe_shared_expert_intermediate_size": 96},
+    "two dense layers": {"first_k_dense_replace": 2},
+    "tied head": {"tie_word_embeddings": True},
+    "bias on queries, keys and values": {"use_qkv_bias": True},
+    "normed head": {"norm_head": True},
+    "two mtp layers, which vLLM passes over": {"num_nextn_predict_layers": 2},
+}
+# What a config.json of the family may leave out; both sides must then take the architecture's defaults.
+OPTIONAL_KEYS = (
+    "use_rmsnorm",
+    "norm_topk_prob",
+    "score_function",
+    "router_dtype",
+    "use_qk_norm",
+    "first_k_dense_replace",
+)
+
+
+@pytest.mark.slow
+def test_prompt_logprobs_equal_those_of_vllm(tmp_path: Path) -> None:
+    directories = []
+    for i, overrides in enumerate(VARIANTS.values()):
+        write_demo(tmp_path / str(i), dtype="fp32", seed=i, **overrides)
+        directories.append(tmp_path / str(i))
+    write_demo(tmp_path / "bare", dtype="fp32")
+    config = json.loads((tmp_path / "bare" / "config.json").read_text())
+    bare = {key: value for key, value in config.items() if key not in OPTIONAL_KEYS}
+    (tmp_path / "bare" / "config.json").write_text(json.dumps(bare | {"auto_map": {"AutoConfig": "absent.Config"}}))
+    directories.append(tmp_path / "bare")
+
+    generator = torch.Generator().manual_seed(0)
+    prompts = [torch.randint(0, 2000, (n,), generator=generator).tolist() for n in (200, 37)]
+    (tmp_path / "prompts.json").write_text(json.dumps(prompts))
+    worker = Path(__file__).with_name("vllm_logprobs.py")
+    command = [sys.executable, str(worker), str(tmp_path / "prompts.json"), str(tmp_path / "out.json")]
+    run = subprocess.run(
+        [*command, *map(str, directories)],
+        env={**os.environ, "VLLM_CPU_OMP_THREADS_BIND": "nobind"},
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
+    )
+    assert run.returncode == 0, run.stderr[-3000:]
+    engine = json.loads((tmp_path / "out.json").read_text())
+
+    worst = {}
+    for name, directory, answers in zip([*VARIANTS, "missing keys"], directories, engine, strict=True):
+        model = ascend.load_model(directory)
+        differences = []
+        for prompt, positions in zip(prompts, answers, strict=True):
+            with torch.no_grad():
+                ours = model(torch.tensor([prompt]))[0].log_softmax(-1)
+            for t, logprobs in enumerate(positions[1:]):
+                differences += [abs(ours[t, int(token)].item() - value) for token, value in logprobs.items()]
+        assert len(differences) >= 235 * 5
+        worst[name] = max(differences)
+    assert max(worst.values()) < TOLERANCE, worst
