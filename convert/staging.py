@@ -49,13 +49,13 @@ def _publish(staging: Path, target: Path, replace: bool) -> None:
             except OSError as error:
                 if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
                     raise
-            if _same_files(staging, target):
-                return
-            if not replace:
-                raise UserError(f"{target} was filled with something else meanwhile: give another directory")
-            replaced.append(Path(tempfile.mkdtemp(prefix=f".{target.name}.old.", dir=target.parent)))
-            # When another writer has just moved it away, the name is free all the same.
+            # Another writer may move it away at any moment: the name is then free.
             with suppress(FileNotFoundError):
+                if _same_files(staging, target):
+                    return
+                if not replace:
+                    raise UserError(f"{target} was filled with something else meanwhile: give another directory")
+                replaced.append(Path(tempfile.mkdtemp(prefix=f".{target.name}.old.", dir=target.parent)))
                 os.rename(target, replaced[-1])
     finally:
         for old in replaced:
