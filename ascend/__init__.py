@@ -58,12 +58,15 @@ def register() -> None:
 
 
 class _RegisterOnImport(MetaPathFinder):
-    """Registers the architecture right after transformers is first imported, which takes seconds and may never come."""
+    """Registers the architecture right after transformers is first imported, which takes seconds and may never come.
+
+    Where one of the two modules that `register` needs is what imports transformers, it is done right after that one.
+    """
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        if fullname != "transformers":
+        if fullname not in ("transformers", "ascend.config", "ascend.model"):
             return None
         # Only looked for, as many libraries do, it is not imported yet: the finder stays until the module has run.
         sys.meta_path.remove(self)

@@ -255,3 +255,7 @@ class BailingMoeV2AliasConfig(BailingMoeV2Config):
     """The same configuration under the other `model_type` that checkpoints of this architecture carry."""
 
     model_type = "bailing_moe_v2"
+
+    def __init__(self, **kwargs: Any) -> None:
+        # transformers 5 gives a class without one an `__init__` that knows nothing of the one above
+        super().__init__(**kwargs)

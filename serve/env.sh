@@ -74,17 +74,18 @@ use_any_python() {
 
 # use_environment PART…: the active environment if it holds exactly what the lock files say, else .venv, made if need be.
 use_environment() {
-  local python files problem
+  local python files problem=
   mapfile -t files < <(lock_files "$@")
   if python=$(active_python); then
     if problem=$("$python" "$ROOT/serve/locked.py" "${files[@]}" 2>&1); then
       ENV_PYTHON=$python
       return
     fi
-    say "not using the active environment $(dirname -- "$(dirname -- "$python")") (${problem##*$'\n'}) but $VENV"
   fi
   ENV_PYTHON=$VENV/bin/python
-  is_stamped "$@" || make_environment "$@"
+  is_stamped "$@" && return
+  [[ -z $problem ]] || say "the active environment is not the locked one (${problem##*$'\n'}): using $VENV"
+  make_environment "$@"
 }
 
 make_environment() {
@@ -95,13 +96,14 @@ make_environment() {
     say "waiting for another start (pid $(cat "$ROOT/.venv.lock")) that is preparing $VENV"
     flock "$lock_fd"
   fi
+  trap 'say "interrupted: the next start begins the installation afresh"; exit 130' INT
   if ! is_stamped "$@"; then
     printf '%s\n' "$$" >"$ROOT/.venv.lock"
     make_venv
     mapfile -t files < <(lock_files "$@")
     for file in "${files[@]}"; do
       problem=$("$VENV/bin/python" "$ROOT/serve/locked.py" "$file") ||
-        pip_install "$(grep -c '^[^#]' "$file") packages from requirements/${file##*/} (first: $problem)" -r "$file"
+        pip_install "what requirements/${file##*/} names (first: $problem)" -r "$file"
     done
     pip_install "this project's entry for vLLM" --no-build-isolation -e "$ROOT"
     problem=$("$VENV/bin/python" "$ROOT/serve/locked.py" "${files[@]}") || die "$VENV is not as locked: $problem"
@@ -111,6 +113,7 @@ make_environment() {
       mv -f -- "$VENV/stamp-$part.new" "$VENV/stamp-$part"
     done
   fi
+  trap - INT
   exec {lock_fd}>&- # so that the server does not hold the lock
 }
 
@@ -135,6 +138,7 @@ pip_install() {
   local what=$1 log=$VENV/install.log begin=$SECONDS pip
   shift
   say "installing $what"
+  : >"$log"
   pip=("$VENV/bin/python" -m pip install --no-deps --disable-pip-version-check --log "$log" "$@")
   if [[ -t 2 ]]; then
     "${pip[@]}" >&2 || pip_failed "$what" "$log"
@@ -144,10 +148,10 @@ pip_install() {
   say "  done in $((SECONDS - begin)) s"
 }
 
-# pip_failed WHAT LOG: one line with what pip said last and what to do.
+# pip_failed WHAT LOG: one line with what pip said first and what to do.
 pip_failed() {
   local reason remedy
-  reason=$(sed -n 's/.*ERROR: //p' "$2" | tail -n 1)
+  reason=$(sed -n 's/.*ERROR: //p' "$2" | head -n 1)
   case $reason in
   *torch==*+cpu*)
     remedy="set PIP_EXTRA_INDEX_URL to PyTorch's index of CPU wheels, or PIP_FIND_LINKS to a directory that holds this wheel" ;;

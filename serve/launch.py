@@ -21,7 +21,7 @@ from serve.args import LaunchSettings, parse
 from serve.demo import DEMO_NAME, build_demo, demo_directory
 from serve.engine import EngineCommand, check_engine, engine_command
 from serve.preflight import check, has_chat_template, reserve_port
-from serve.process import EngineProcess
+from serve.process import GRACE_SECONDS, EngineProcess
 from serve.progress import Progress, error_line
 from serve.ready import EngineError, Server, announce, wait_until_it_answers, write_ready_file
 
@@ -46,7 +46,7 @@ def main(arguments: Sequence[str]) -> int:
     device, why = choose(settings.device)
     model = settings.model or demo_directory()
     name = settings.served_model_name or (model.name if settings.model else DEMO_NAME)
-    command = engine_command(device.type, settings, model, name, checkpoint.nbytes if checkpoint else 0)
+    command = engine_command(device.type, settings, model, name, checkpoint)
     if settings.dry_run:
         print(command)
         return 0
@@ -76,6 +76,7 @@ def run(server: Server, command: EngineCommand, settings: LaunchSettings, starte
             progress = Progress(server.log, started_at)
             answer = wait_until_it_answers(server, engine, progress, settings.timeout)
             ready, stages = True, progress.close()
+            engine.grace = GRACE_SECONDS
             announce(server, answer, stages)
             if settings.ready_file:
                 write_ready_file(settings.ready_file, server, stages)

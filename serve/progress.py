@@ -19,6 +19,7 @@ STAGES = (
 ANSWERING = "answering the first request"
 
 _ERROR = re.compile(r"\b(?:[A-Za-z_.]*(?:Error|Exception)|error)\b\s*:\s*\S|Value error, |Killed|out of memory")
+_PYDANTIC = "Value error, "  # how pydantic begins, and " [type=value_error, …]" how it ends, the message of a check
 _CONSEQUENCES = ("Engine core initialization failed", "WorkerProc initialization failed", "See root cause", "raise ")
 _PREFIX = re.compile(r"^(\(\S+ pid=\d+\) )?((INFO|WARNING|ERROR) [\d-]+ [\d:]+ \[[^\]]+\] )?")
 
@@ -29,7 +30,9 @@ def error_line(log: Path) -> str:
     errors = [line for line in lines if _ERROR.search(line)]
     causes = [line for line in errors if not any(text in line for text in _CONSEQUENCES)]
     said = causes or errors or [line for line in lines if line]
-    return printable(said[-1])[:500] if said else "it wrote nothing to its log"
+    if not said:
+        return "it wrote nothing to its log"
+    return printable(said[-1].removeprefix(_PYDANTIC).partition(" [type=value_error")[0])[:500]
 
 
 def printable(text: str) -> str:

@@ -7,36 +7,34 @@ typedef struct {
     long tokens, in, out, unit, next;
 } FN(linear_job);
 
-static void FN(linear_work)(void *p) {
-    FN(linear_job) *job = p;
-    for (long row; (row = team_claim(&job->next, job->unit)) < job->out;) {
-        long rows = min_long(job->unit, job->out - row);
-        for (long t = 0, n; t < job->tokens; t += n) {
-            const ELEM *x[TOKENS];
-            n = tile_tokens(job->tokens - t);
-            for (long j = 0; j < n; j++) x[j] = job->x + (t + j) * job->in;
-            for (long i = 0; i < spread_steps(rows); i++) {
-                const ELEM *w[ROWS];
-                long r[ROWS];
-                vfloat4 dot[TOKENS];
-                for (int lane = 0; lane < ROWS; lane++) {
-                    r[lane] = row + spread_row(rows, i, lane);
-                    w[lane] = job->w + r[lane] * job->in;
-                }
-                FN(tile)(w, x, job->in, n, dot);
-                for (long j = 0; j < n; j++)
-                    for (int lane = 0; lane < ROWS; lane++) {
-                        long at = (t + j) * job->out + r[lane];
-                        if (job->logits)
-                            job->logits[at] = dot[j][lane];
-                        else if (job->bias)
-                            job->y[at] = FN(store)(dot[j][lane] + FN(load)(job->bias[r[lane]]));
-                        else
-                            job->y[at] = FN(store)(dot[j][lane]);
-                    }
-            }
+static void FN(linear_unit)(const FN(linear_job) *job, long row, long rows) {
+    const ELEM *weights = job->w + row * job->in;
+    for (long t = 0, n; t < job->tokens; t += n) {
+        const ELEM *x[TOKENS];
+        float dots[TOKENS][UNIT];
+        n = tile_tokens(job->tokens - t);
+        for (long j = 0; j < n; j++) x[j] = job->x + (t + j) * job->in;
+        for (long i = 0; i < spread_steps(rows); i++) {
+            const ELEM *w[ROWS];
+            vfloat4 dot[TOKENS];
+            for (int lane = 0; lane < ROWS; lane++) w[lane] = weights + spread_row(rows, i, lane) * job->in;
+            FN(tile)(w, x, job->in, n, dot);
+            for (long j = 0; j < n; j++)
+                for (int lane = 0; lane < ROWS; lane++) dots[j][spread_row(rows, i, lane)] = dot[j][lane];
+        }
+        for (long j = 0; j < n; j++) {
+            long at = (t + j) * job->out + row;
+            for (long i = 0; job->bias && i < rows; i++) dots[j][i] += FN(load)(job->bias[row + i]);
+            if (job->logits) memcpy(job->logits + at, dots[j], (size_t)rows * sizeof(float));
+            for (long i = 0; job->y && i < rows; i++) job->y[at + i] = FN(store)(dots[j][i]);
         }
     }
+}
+
+static void FN(linear_work)(void *p) {
+    FN(linear_job) *job = p;
+    for (long row; (row = team_claim(&job->next, job->unit)) < job->out;)
+        FN(linear_unit)(job, row, min_long(job->unit, job->out - row));
 }
 
 /* x [tokens, in], w [out, in], bias [out] or NULL, y [tokens, out]; all contiguous. */

@@ -1,0 +1,28 @@
+#!/usr/bin/env bash
+# Check everything, in the environment that serve/env.sh makes:
+#   tests/run.sh            all tests (the same as `tests/run.sh all`), ruff and mypy
+#   tests/run.sh quick      ruff, mypy and the tests that start no engine
+#   tests/run.sh ARGUMENT…  only pytest, with these arguments
+
+# shellcheck source=serve/env.sh
+source "$(dirname -- "$(readlink -f -- "${BASH_SOURCE[0]}")")/../serve/env.sh"
+use_environment serve test
+cd -- "$ROOT"
+
+case ${1:-all} in
+all | quick)
+  [[ $# -le 1 ]] || die "'$1' takes no further arguments: give pytest's alone"
+  failed=()
+  "$ENV_PYTHON" -m ruff check . || failed+=("ruff check")
+  "$ENV_PYTHON" -m ruff format --check . || failed+=("ruff format")
+  "$ENV_PYTHON" -m mypy || failed+=("mypy")
+  select=()
+  [[ ${1:-all} == quick ]] && select=(-m "not slow")
+  status=0
+  "$ENV_PYTHON" -m pytest "${select[@]}" || status=$?
+  # pytest's line stays the last one of a good run; a bad one says all that is bad.
+  [[ ${#failed[@]} -eq 0 ]] || { printf 'failed: %s\n' "${failed[@]}" >&2 && exit $((status ? status : 1)); }
+  exit "$status"
+  ;;
+*) exec "$ENV_PYTHON" -m pytest "$@" ;;
+esac
