@@ -26,6 +26,9 @@ from ascend.config import BailingMoeV2AliasConfig, BailingMoeV2Config
 from ascend.errors import UserError
 from ascend.rope import Rope, cos_sin
 
+# Arguments of `from_pretrained` that would change the model; all others that transformers knows change how it loads.
+NOT_IGNORED = {"quantization_config", "load_in_8bit", "load_in_4bit", "state_dict", "key_mapping", "tp_plan"}
+
 
 @dataclass(frozen=True)
 class Step:
@@ -347,6 +350,9 @@ class BailingMoeV2ForCausalLM(PreTrainedModel, GenerationMixin):
         """
         from ascend.loader import load
 
+        for key in NOT_IGNORED & ignored.keys():
+            if ignored[key]:
+                raise UserError(f"from_pretrained: {key} is not supported by this model")
         return load(pretrained_model_name_or_path, config, device_map or "cpu", dtype or torch_dtype)
 
     def save_pretrained(self, save_directory: str | Path, max_shard_size: int | str = "5GB", **ignored: Any) -> None:  # type: ignore[override]
@@ -373,6 +379,8 @@ def left_padding(mask: Tensor, batch: int, length: int, may_end_in_padding: bool
             f"attention_mask has shape {list(mask.shape)}, expected [{batch}, {length}]: a zero per padded slot"
         )
     real = mask.to(torch.int8)
+    if not bool(real.any(-1).all()):
+        raise UserError("attention_mask has a row of padding alone; every prompt needs a token")
     start_B = real.argmax(-1)
     end_B = start_B + real.sum(-1)
     slot_S = torch.arange(length, device=mask.device)

@@ -6,8 +6,7 @@ import os
 import re
 import shlex
 import sys
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
@@ -31,8 +30,6 @@ class EngineKind:
 
     packages: tuple[tuple[str, str, str], ...]
     remedy: str
-    flags: tuple[str, ...] = ()
-    environment: Mapping[str, str] = field(default_factory=dict)
 
 
 # 0.18.0 is the oldest vLLM without a known way around trust_remote_code=False (CVE-2025-66448, CVE-2026-22807,
@@ -52,10 +49,8 @@ KINDS = {
     ),
 }
 
-FLAGS = (
-    "--disable-uvicorn-access-log",
-    "--disable-fastapi-docs",
-)  # a path can hold a name; the docs page loads from a CDN
+# A path that was asked for can hold a patient's name; the documentation page would load scripts from the internet.
+FLAGS = ("--disable-uvicorn-access-log", "--disable-fastapi-docs")
 
 # Set whatever the user's environment says: nothing leaves the machine, and nothing of a request is written down.
 FORCED = {
@@ -101,16 +96,15 @@ def engine_command(
     kind: str, settings: LaunchSettings, model: Path, name: str, checkpoint: Checkpoint | None
 ) -> EngineCommand:
     """Return what starts vLLM on ``model`` with the device ``kind``; no checkpoint is the tiny demo, not yet built."""
-    row = KINDS[kind]
     # `vllm serve` does not start with the CPU build up to 0.32: it asks for the version of a distribution "vllm".
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model)]
     command += ["--host", settings.host, "--port", str(settings.port), "--served-model-name", name]
-    command += ["--dtype", settings.dtype, *FLAGS, *row.flags]
+    command += ["--dtype", settings.dtype, *FLAGS]
     if settings.max_model_len is not None:
         command += ["--max-model-len", str(settings.max_model_len)]
     if kind == "cpu" and (checkpoint is None or checkpoint.nbytes < EAGER_BELOW_BYTES):
         command.append("--enforce-eager")
-    environment = {**FORCED, **row.environment}
+    environment = dict(FORCED)
     defaults = {"VLLM_HOST_IP": "127.0.0.1"}  # the engine's processes talk to one another on this machine only
     if kind == "cpu":
         defaults |= _cpu_defaults(settings, checkpoint)

@@ -27,7 +27,7 @@ def difference(lock_file: str) -> str | None:
             found = metadata.version(name)
         except metadata.PackageNotFoundError:
             return f"{name} is not installed"
-        if False:
+        if found != version:
             return f"{name} is {found}, wanted {version}"
     return None
 

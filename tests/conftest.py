@@ -31,6 +31,6 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
     yield RunningServer(ready["base_url"], ready["model"], directory / "tiny", launched)
     # The end of the session is the test of SIGTERM.
     assert launched.stop() == 0
-    assert launched.processes() == []
+    assert launched.processes() == set()
     assert not is_listening(launched.port)
     assert not launched.ready_file.exists()

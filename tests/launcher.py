@@ -13,6 +13,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from serve.process import session_members
+
 ROOT = Path(__file__).resolve().parents[1]
 LAUNCH = ROOT / "serve" / "launch.sh"
 MARK = "ANTANGELMED_TEST_RUN"  # in the environment of all that a launch starts
@@ -48,6 +50,7 @@ class Launched:
         directory.mkdir(exist_ok=True)
         self.port = port or free_port()
         self.mark = uuid.uuid4().hex
+        self._sessions: set[int] = set()
         self.ready_file = directory / "ready.json"
         self.output_file = directory / "output.txt"
         environment = {**os.environ, MARK: self.mark, "XDG_STATE_HOME": str(directory)}
@@ -71,6 +74,7 @@ class Launched:
 
     def stop(self, signum: int = signal.SIGTERM, seconds: float = 30.0) -> int:
         """Send the signal and return the exit code; what is still there after the time is killed."""
+        assert len(self.processes()) >= 2  # notes the engine's session
         try:
             self.process.send_signal(signum)
             return self.process.wait(seconds)
@@ -79,13 +83,21 @@ class Launched:
                 os.kill(pid, signal.SIGKILL)
             raise
 
-    def processes(self) -> list[int]:
-        """Every living process that the launch has started, whoever its parent is now."""
+    def processes(self) -> set[int]:
+        """Every living process that the launch has started, whoever its parent is now.
+
+        By the mark in its environment; vLLM's inner processes write their titles over theirs, but stay in the session
+        of the API server, which must have been seen here before it ended.
+        """
         needle = f"{MARK}={self.mark}".encode()
-        return [pid for pid in map(int, filter(str.isdecimal, os.listdir("/proc"))) if needle in _environment(pid)]
+        marked = {
+            pid for pid in map(int, filter(str.isdecimal, os.listdir("/proc"))) if needle in _read(pid, "environ")
+        }
+        self._sessions |= {pid for pid in marked if _is_session_leader(pid)}
+        return marked.union(*map(session_members, self._sessions))
 
 
-def listening_addresses(pids: list[int]) -> set[str]:
+def listening_addresses(pids: set[int]) -> set[str]:
     """The local addresses, as the kernel writes them, on which the processes listen for TCP."""
     tables = [Path("/proc/net/tcp").read_text(), Path("/proc/net/tcp6").read_text()]
     rows = [line.split() for table in tables for line in table.splitlines()[1:]]
@@ -93,10 +105,22 @@ def listening_addresses(pids: list[int]) -> set[str]:
     return {address_of[link] for pid in pids for link in _descriptors(pid) if link in address_of}
 
 
-def _environment(pid: int) -> bytes:
+def shared_memory(pid: int) -> set[Path]:
+    """The files in ``/dev/shm`` that the process has mapped."""
+    lines = _read(pid, "maps").decode().splitlines()
+    return {Path(line.split()[5]) for line in lines if " /dev/shm/" in line and not line.endswith("(deleted)")}
+
+
+def _is_session_leader(pid: int) -> bool:
     try:
-        # A zombie's is empty.
-        return Path(f"/proc/{pid}/environ").read_bytes()
+        return os.getsid(pid) == pid
+    except ProcessLookupError:
+        return False
+
+
+def _read(pid: int, what: str) -> bytes:
+    try:
+        return Path(f"/proc/{pid}/{what}").read_bytes()
     except OSError:
         return b""
 

@@ -346,8 +346,10 @@ def test_an_installation_that_fails_is_one_line_and_is_redone(tmp_path: Path) ->
 
 
 def test_a_session_is_ended_to_the_last_process() -> None:
-    # The leader ignores SIGTERM; its child has lost its parent.
-    script = "trap '' TERM; (sleep 60 & exec sleep 60) & disown; sleep 60 & wait; sleep 60"
+    # The leader ignores SIGTERM, one process has lost its parent, and one hangs that is given time to end by itself.
+    script = (
+        "trap '' TERM; (sleep 60 &); (exec -a multiprocessing.resource_tracker sleep 60) & sleep 60 & wait; sleep 60"
+    )
     leader = subprocess.Popen(["bash", "-c", script], start_new_session=True)
     while len(session_members(leader.pid)) < 4:
         time.sleep(0.02)

@@ -18,7 +18,7 @@ import torch
 import ascend
 from convert.demo import write_demo
 from tests.conftest import RunningServer
-from tests.launcher import Launched, is_listening, listening_addresses, wait_for
+from tests.launcher import Launched, is_listening, listening_addresses, shared_memory, wait_for
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
@@ -193,7 +193,7 @@ def test_code_beside_the_weights_is_never_run_and_ctrl_c_leaves_nothing(tmp_path
     ready = launched.wait_until_ready()
     assert len(launched.processes()) >= 4  # launcher, API server, engine core, worker
     assert launched.stop(signal.SIGINT) == 0
-    assert launched.processes() == []
+    assert launched.processes() == set()
     assert not is_listening(launched.port)
     assert ready["model"] == "evil"
     assert not proof.exists()
@@ -208,13 +208,14 @@ def test_two_starts_on_one_port_and_a_stop_while_loading(tmp_path: Path) -> None
     assert f"pid {first.process.pid}" in second.output
     assert first.process.poll() is None
     assert first.stop(signal.SIGTERM) == 143
-    assert first.processes() == []
+    assert first.processes() == set()
     assert not first.ready_file.exists()
 
 
 def test_a_killed_launcher_takes_the_engine_with_it(tmp_path: Path) -> None:
     launched = Launched(tmp_path / "run", "--device", "cpu")
     assert wait_for(lambda: "loading the weights" in launched.output, 120), launched.output
+    segments = [path for pid in launched.processes() for path in shared_memory(pid)]
     os.kill(launched.process.pid, signal.SIGKILL)
     launched.process.wait()
     gone = wait_for(lambda: not launched.processes(), 30)
@@ -222,6 +223,8 @@ def test_a_killed_launcher_takes_the_engine_with_it(tmp_path: Path) -> None:
     for pid in left:
         os.kill(pid, signal.SIGKILL)
     assert gone, left
+    assert segments
+    assert not [path for path in segments if path.exists()]
 
 
 def test_an_engine_that_refuses_to_start_is_one_line(tmp_path: Path) -> None:
@@ -231,7 +234,7 @@ def test_an_engine_that_refuses_to_start_is_one_line(tmp_path: Path) -> None:
     assert error.startswith("error: the engine did not start: ")
     assert "--no-such-engine-flag" in error
     assert "engine-" in error  # where its log is
-    assert launched.processes() == []
+    assert launched.processes() == set()
 
 
 def _post_json(server: RunningServer, path: str, body: dict[str, Any]) -> dict[str, Any]:

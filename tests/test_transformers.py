@@ -258,3 +258,14 @@ def test_importing_ascend_costs_nothing() -> None:
 
 def test_the_version_under_test_is_one_that_we_promise() -> None:
     assert (4, 57) <= tuple(int(part) for part in transformers.__version__.split(".")[:2]) < (6, 0)
+
+
+def test_what_would_change_the_model_is_refused_not_ignored(demo: Path) -> None:
+    line = user_error(AutoModelForCausalLM.from_pretrained, demo, load_in_8bit=True)
+    assert line == "from_pretrained: load_in_8bit is not supported by this model"
+
+
+def test_a_row_of_padding_alone_is_refused(ours: Any, ids: Tensor) -> None:
+    alone = torch.tensor([[1] * 12, [0] * 12, [1] * 12])
+    line = user_error(ours, ids, attention_mask=alone)
+    assert line == "attention_mask has a row of padding alone; every prompt needs a token"
