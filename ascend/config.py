@@ -164,6 +164,8 @@ class BailingMoeV2Config(PreTrainedConfig):
             original = rope.get("original_max_position_embeddings") or self.max_position_embeddings
             rope["original_max_position_embeddings"] = original
             rope["factor"] = rope.get("factor") or self.max_position_embeddings / original
+            # vLLM-Ascend reads an absent key as false, all others as true; its positions would then differ.
+            rope.setdefault("truncate", True)
             _check_number("rope_scaling factor", rope["factor"], 1.0)
         # One dictionary for both major versions: in transformers 5 `rope_scaling` is another name of `rope_parameters`.
         self.rope_scaling = rope if rope_type != "default" else None
