@@ -19,12 +19,14 @@ from pathlib import Path
 
 SOURCES = Path(__file__).with_name("csrc")
 
-# fmath: `errno` and traps are never looked at, and without them loops with sqrt and comparisons become vector code.
+# Nobody looks at `errno` or at floating-point traps; without them, loops with sqrt and comparisons become vector code.
 # Nothing here lets the compiler reorder a sum or forget about NaN.
 FLAGS = ("-O3", "-std=gnu11", "-fPIC", "-shared", "-fno-math-errno", "-fno-trapping-math")
 TUNING = {"aarch64": "-mcpu=native"}
 
 COMPILE_TIMEOUT_S = 300
+
+_REMEDY = "set XDG_CACHE_HOME to a folder of your own that can be written to and run from"
 
 
 class BuildError(RuntimeError):
@@ -40,8 +42,10 @@ def load() -> ctypes.CDLL:
         if not library.exists():
             _compile(compiler, flags, library)
         kernels = ctypes.CDLL(str(library))
+    except subprocess.TimeoutExpired as error:
+        raise BuildError(f"{compiler} took more than {error.timeout:.0f} s") from error
     except OSError as error:
-        raise BuildError(f"{error}; set XDG_CACHE_HOME to a folder of your own that can be written to") from error
+        raise BuildError(f"{error}; {_REMEDY}") from error
     _share_threads(kernels)
     return kernels
 
@@ -56,11 +60,14 @@ def _compiler() -> str:
 
 def _cache_folder() -> Path:
     """The user's own folder of compiled kernels. What lies in it is executed, so it must be no one else's."""
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "antangelmed" / "kernels"
+    try:
+        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "antangelmed" / "kernels"
+    except RuntimeError as error:
+        raise BuildError(f"this user has no home directory; {_REMEDY}") from error
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     status = folder.stat()
     if status.st_uid != os.getuid() or status.st_mode & 0o022:
-        raise BuildError(f"{folder} belongs to another user or can be written by others; make it yours with chmod 700")
+        raise BuildError(f"{folder} belongs to another user or others can write to it; chmod 700 it, or {_REMEDY}")
     return folder
 
 
@@ -96,8 +103,6 @@ def _compile(compiler: str, flags: tuple[str, ...], library: Path) -> None:
             first = next((line for line in lines if "error" in line), lines[0])
             raise BuildError(f"{compiler} failed: {first.strip()}")
         os.replace(temporary, library)
-    except subprocess.TimeoutExpired as error:
-        raise BuildError(f"{compiler} took more than {COMPILE_TIMEOUT_S} s") from error
     finally:
         Path(temporary).unlink(missing_ok=True)
 

@@ -12,7 +12,7 @@ typedef struct {
     const long *hit;     /* experts with a token, ascending */
     const long *first;   /* of expert e, the first of its pairs; first[experts] = pairs */
     const long *pair;    /* token · top_k + k, by sorted position */
-    long hits, tokens, hidden, inner, top_k, threads;
+    long hits, tokens, hidden, inner, top_k;
     long up_unit, down_unit, next_up, next_down;
 } FN(experts_job);
 
@@ -117,7 +117,8 @@ int FN(experts)(const ELEM *x, const float *weight, const int64_t *expert, const
         FN(experts_job) job = {.x = x, .gate_up = gate_up, .down = down, .weight = weight, .h = h, .y = y,
                                .sums = sums, .hit = hit, .first = first, .pair = pair, .hits = hits,
                                .tokens = tokens, .hidden = hidden, .inner = inner, .top_k = top_k,
-                               .up_unit = unit_rows(2 * hidden * sizeof(ELEM)), .down_unit = DOWN_UNIT};
+                               .up_unit = unit_rows(2 * hidden * sizeof(ELEM), hits * inner, threads),
+                               .down_unit = unit_rows(inner * sizeof(ELEM), hidden, threads)};
         team_run(FN(experts_work), &job, threads);
     }
     free(index), free(sums), free(h);

@@ -39,8 +39,9 @@ static void FN(linear_work)(void *p) {
 
 /* x [tokens, in], w [out, in], bias [out] or NULL, y [tokens, out]; all contiguous. */
 int FN(linear)(const ELEM *x, const ELEM *w, const ELEM *bias, ELEM *y, long tokens, long in, long out, long threads) {
-    FN(linear_job) job = {x, w, bias, y, NULL, tokens, in, out, unit_rows(in * sizeof(ELEM)), 0};
-    team_run(FN(linear_work), &job, team_size(tokens * in * out, threads));
+    threads = team_size(tokens * in * out, threads);
+    FN(linear_job) job = {x, w, bias, y, NULL, tokens, in, out, unit_rows(in * sizeof(ELEM), out, threads), 0};
+    team_run(FN(linear_work), &job, threads);
     return 0;
 }
 
