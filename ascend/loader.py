@@ -135,8 +135,8 @@ def _fill(model: BailingMoeV2ForCausalLM, checkpoint: Checkpoint) -> None:
 
 
 def _ask_for_huge_pages(model: BailingMoeV2ForCausalLM) -> None:
-    # Weights that are read in long streams miss the TLB less: 4 to 6 % faster decode steps on an EPYC. Only a wish,
-    # and only where the kernel knows it: what it says is not looked at.
+    # Weights that are read in long streams miss the TLB less: a few per cent of a decode step on an EPYC.
+    # Only a wish, and only where the kernel knows it: what it says is not looked at.
     advise = getattr(ctypes.CDLL(None), "madvise", None)
     for parameter in model.parameters():
         if advise is None or parameter.device.type != "cpu":

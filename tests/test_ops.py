@@ -417,12 +417,15 @@ def test_inputs_of_any_layout(name: str, dtype: torch.dtype) -> None:
             same(name, (*args[:i], other, *args[i + 1 :]), dtype)
 
 
-@pytest.mark.parametrize("name", list(ops.SCHEMAS))
+@pytest.mark.parametrize("name", ["moe_gate", "moe_experts", "rope_to_cache", "attention"])
 def test_integers_and_tables_of_another_width(name: str) -> None:
     wide = {torch.int64: torch.int32, FP32: torch.float64}
+    tried = 0
     for i, arg in enumerate(args := op_cases(BF16)[name]):
         if isinstance(arg, Tensor) and arg.dtype in wide and (name, i) not in {("moe_gate", 1), ("moe_experts", 1)}:
             same(name, (*args[:i], arg.to(wide[arg.dtype]), *args[i + 1 :]), BF16)
+            tried += 1
+    assert tried
 
 
 @pytest.mark.parametrize("name", ["rms_norm", "add_rms_norm", "linear", "swiglu_mlp", "moe_gate", "moe_experts"])
