@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 
 from ascend.cache import StaticCache
+from ascend.devices import get_device
+from ascend.devices.base import WARM_UPS
 from ascend.errors import UserError
 from ascend.model import BailingMoeV2ForCausalLM, left_padding
 from ascend.sampling import Sampling
@@ -30,6 +32,7 @@ def generate(
     seed: int | None = None,
     stop_token_ids: Sequence[int] = (),
     on_token: Callable[[Tensor], None] | None = None,
+    capture: bool = False,
 ) -> Tensor:
     """Continue each row of ``input_ids`` (int64 ``[B, T]``); returns int64 ``[B, T + new]``, prompts included.
 
@@ -37,11 +40,12 @@ def generate(
     unless ``temperature`` is above 0; then `ascend.sampling.Sampling` says what ``top_k``, ``top_p`` and ``seed`` do.
     A row that has produced one of ``stop_token_ids`` is filled up with that token, and generation ends early once all
     rows have; without stop tokens it always makes ``max_new_tokens``. ``on_token`` receives each step's new tokens,
-    int64 ``[B]``, as they come. Raises `UserError` for arguments that make no sense.
+    int64 ``[B]``, as they come. ``capture`` replays the decode step as a graph where the device has graphs. Raises
+    `UserError` for arguments that make no sense.
     """
     sampling = Sampling(temperature, top_k, top_p, seed)
     _check(model, input_ids, max_new_tokens, stop_token_ids)
-    decoder = Decoder(model, input_ids, attention_mask, max_new_tokens)
+    decoder = Decoder(model, input_ids, attention_mask, max_new_tokens, capture)
     generator = sampling.generator(input_ids.device)
     stop = torch.tensor(list(stop_token_ids), dtype=torch.int64, device=input_ids.device)
     tokens = [input_ids]
@@ -61,32 +65,60 @@ def generate(
 
 
 class Decoder:
-    """One batch in flight: its prompts, its cache, and a step that reads and writes nothing but fixed tensors."""
+    """One batch in flight: its prompts, its cache, and a step that reads and writes nothing but fixed tensors.
+
+    With ``capture`` the step is recorded as a graph at the first prefill, where the device records graphs.
+    """
 
     def __init__(
-        self, model: BailingMoeV2ForCausalLM, input_ids: Tensor, attention_mask: Tensor | None, max_new_tokens: int
+        self,
+        model: BailingMoeV2ForCausalLM,
+        input_ids: Tensor,
+        attention_mask: Tensor | None,
+        max_new_tokens: int,
+        capture: bool = False,
     ) -> None:
-        B, T = input_ids.shape
+        (B, T), device = input_ids.shape, input_ids.device
         self.model, self.input_ids = model, input_ids
-        self.start_B = torch.zeros(B, dtype=torch.int64, device=input_ids.device)
+        self.start_B = torch.zeros(B, dtype=torch.int64, device=device)
+        self.length: int | None = 0  # of all rows, on the host; None where rows are padded or a graph counts
         if attention_mask is not None:
             self.start_B = left_padding(attention_mask, B, T, may_end_in_padding=False)
-        self.cache = StaticCache(model.config, B, T + max_new_tokens, model.dtype, input_ids.device)
+            self.length = None
+        depth, heads, head_dim = model.config.num_hidden_layers, model.model.kv_heads, model.config.head_dim
+        slots = max(T + max_new_tokens, WARM_UPS + 1)  # a capture runs the step a few times
+        self.cache = StaticCache(depth, B, heads, slots, head_dim, model.dtype, device)
+        self.token_B = torch.zeros(B, dtype=torch.int64, device=device)
+        self.replay = self._capture() if capture else None
 
     def prefill(self) -> Tensor:
         """Run the prompts; logits of the token after each, fp32 ``[B, V]``."""
-        return self._forward(self.input_ids)
+        return self._forward(self.input_ids, self.length)
 
     def step(self, token_B: Tensor) -> Tensor:
-        """Run one new token per row; logits of the token after it, fp32 ``[B, V]``."""
-        return self._forward(token_B[:, None])
+        """Run one new token per row; logits of the token after it, fp32 ``[B, V]``: read them before the next step."""
+        if self.replay is None:
+            return self._forward(token_B[:, None], self.length)
+        self.token_B.copy_(token_B)
+        return self.replay()
 
-    def _forward(self, token_BT: Tensor) -> Tensor:
-        model, cache, T = self.model, self.cache, token_BT.shape[1]
-        cache.length_B += T
-        slot_BT = (cache.length_B - T)[:, None] + torch.arange(T, device=token_BT.device)
+    def _capture(self) -> Callable[[], Tensor]:
+        # Before there is anything in the cache that the runs could spoil; prefill begins at slot 0 again.
+        device = get_device(str(self.input_ids.device))
+        replay = device.capture(lambda: self._forward(self.token_B[:, None], None))
+        self.cache.written_B.zero_()
+        return replay
+
+    def _forward(self, token_BT: Tensor, length: int | None) -> Tensor:
+        model, cache, (B, T) = self.model, self.cache, token_BT.shape
+        cache.written_B += T
+        slot_BT = (cache.written_B - T)[:, None] + torch.arange(T, device=token_BT.device)
         position_BT = (slot_BT - self.start_B[:, None]).clamp_(min=0)
-        step = model.model.step(position_BT, self.start_B, cache.length_B, cache)
+        lengths = None
+        if length is not None:
+            self.length = length + T
+            lengths = [self.length] * B
+        step = model.model.step(position_BT, self.start_B, cache.written_B, cache, lengths)
         hidden_BTH = model.model(model.model.word_embeddings(token_BT), step)
         return model.logits(hidden_BTH[:, -1])
 

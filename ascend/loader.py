@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import json
+import math
 import mmap
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,11 +21,10 @@ from ascend.config import BailingMoeV2AliasConfig, BailingMoeV2Config
 from ascend.devices import get_device
 from ascend.errors import UserError, suggest
 from ascend.model import BailingMoeV2ForCausalLM
+from ascend.parallel import Parallel
+from ascend.pieces import Piece, checkpoint_pieces, checkpoint_tensors
 from ascend.progress import Progress
-
-# The model fuses and stacks what the checkpoint stores apart. Per parameter of the model: the checkpoint's tensors that
-# form it, in the order of its rows. A stacked parameter [E, …] has them once per expert. All other names are the same.
-PARTS = {"gate_up": ("gate_proj.weight", "up_proj.weight"), "down": ("down_proj.weight",)}
+from ascend.quantisation import check_format, quantise_model
 
 HUGE_PAGE_BYTES = 2 << 20
 
@@ -32,36 +32,32 @@ DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 CONFIGS = {config.model_type: config for config in (BailingMoeV2Config, BailingMoeV2AliasConfig)}
 
 
-def checkpoint_tensors(model: BailingMoeV2ForCausalLM) -> Iterator[tuple[str, Tensor]]:
-    """Yield every tensor of a checkpoint of ``model``: its name there, and its place as a view into a parameter."""
-    for name, parameter in model.named_parameters():
-        prefix, _, leaf = name.rpartition(".")
-        if leaf not in PARTS:
-            yield name, parameter.data
-        elif parameter.ndim == 2:
-            for part, view in zip(PARTS[leaf], parameter.data.chunk(len(PARTS[leaf])), strict=True):
-                yield f"{prefix}.{part}", view
-        else:
-            for expert, weight in enumerate(parameter.data):
-                for part, view in zip(PARTS[leaf], weight.chunk(len(PARTS[leaf])), strict=True):
-                    yield f"{prefix}.{expert}.{part}", view
-
-
 def load_model(
-    path: str | Path, device: str = "cpu", dtype: torch.dtype | str | None = None
+    path: str | Path,
+    device: str = "cpu",
+    dtype: torch.dtype | str | None = None,
+    *,
+    quantise: str | None = None,
+    parallel: Parallel | None = None,
 ) -> BailingMoeV2ForCausalLM:
     """Load a checkpoint directory in eval mode; calling the model then returns logits, fp32 ``[B, T, V]``.
 
-    ``dtype`` None keeps the stored one (that of the embedding table); the router is fp32 in every case. Raises
+    ``dtype`` None keeps the stored one (that of the embedding table); the router is fp32 in every case. ``quantise``
+    ("w8a8", "w4a16") rounds the weights once they are there. With ``parallel`` only this rank's part is read. Raises
     `UserError` before anything is allocated if a file or tensor is missing, extra, damaged, or of wrong shape or type.
     """
-    model = load(path, None, device, dtype)
+    model = load(path, None, device, dtype, quantise, parallel)
     model.plain_logits = True
     return model
 
 
 def load(
-    path: str | Path, config: BailingMoeV2Config | None, device: Any, dtype: torch.dtype | str | None
+    path: str | Path,
+    config: BailingMoeV2Config | None,
+    device: Any,
+    dtype: torch.dtype | str | None,
+    quantise: str | None = None,
+    parallel: Parallel | None = None,
 ) -> BailingMoeV2ForCausalLM:
     """Load for `load_model` and `from_pretrained`: check everything, allocate on the device, then fill."""
     checkpoint = open_checkpoint(path)
@@ -69,9 +65,13 @@ def load(
         raise UserError(f"{checkpoint.path}: a quantised checkpoint; this version loads BF16, FP16 and FP32 ones")
     target = _torch_device(device)
     config = config if config is not None else CONFIGS[checkpoint.config["model_type"]](**checkpoint.config)
+    if quantise is not None:
+        check_format(quantise)
     with _default_dtype(_dtype(dtype, checkpoint)), torch.device("meta"):
         model = BailingMoeV2ForCausalLM(config)
-    check_tensors(checkpoint, model)
+        check_tensors(checkpoint, model)
+        if parallel is not None:
+            model = BailingMoeV2ForCausalLM(config, parallel)
     model.generation_config = _generation_config(checkpoint.path) or model.generation_config
     model = model.to_empty(device=target).requires_grad_(False).eval()
     _ask_for_huge_pages(model)
@@ -80,6 +80,9 @@ def load(
         # As vLLM does at load: each column over the vocabulary gets unit length.
         weight = model.lm_head.weight
         weight.copy_(torch.nn.functional.normalize(weight.float(), dim=0, eps=1e-7))
+    if quantise is not None:
+        quantise_model(model, quantise)
+    model.model.lay_out()
     return model
 
 
@@ -115,22 +118,23 @@ def _may_be_absent(name: str, model: BailingMoeV2ForCausalLM) -> bool:
 
 
 def _fill(model: BailingMoeV2ForCausalLM, checkpoint: Checkpoint) -> None:
-    places = dict(checkpoint_tensors(model))
-    for name, place in places.items():
-        if name not in checkpoint.tensors:
-            place.zero_()
-    entries = [(name, entry) for name, entry in checkpoint.tensors.items() if name in places]
-    entries.sort(key=lambda item: (item[1].file, item[1].offset))
+    pieces = list(checkpoint_pieces(model))
+    for piece in pieces:
+        if piece.name not in checkpoint.tensors or piece.is_zero:
+            piece.place.zero_()
+    stored = [(checkpoint.tensors[one.name], one) for one in pieces if one.name in checkpoint.tensors]
+    stored = [(entry, piece) for entry, piece in stored if not piece.is_zero]
+    stored.sort(key=lambda item: (item[0].file, item[0].offset))
     mapped: mmap.mmap | None = None
     file: Path | None = None
-    total = sum(entry.nbytes for _, entry in entries)
+    total = sum(entry.nbytes for entry, _ in stored)
     with Progress(f"loading {checkpoint.path.name}", total) as progress, _one_thread():
-        for name, entry in entries:
+        for entry, piece in stored:
             if entry.file != file or mapped is None:
                 file = entry.file
                 with file.open("rb") as stream:
                     mapped = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_COPY)
-            _copy(mapped, entry, places[name])
+            _copy(mapped, entry, piece)
             progress.advance(entry.nbytes)
 
 
@@ -159,11 +163,11 @@ def _one_thread() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def _copy(mapped: mmap.mmap, entry: TensorEntry, place: Tensor) -> None:
+def _copy(mapped: mmap.mmap, entry: TensorEntry, piece: Piece) -> None:
     if not entry.nbytes:
         return
-    stored = torch.frombuffer(mapped, dtype=DTYPES[entry.dtype], count=place.numel(), offset=entry.offset)
-    place.copy_(stored.view(entry.shape))
+    stored = torch.frombuffer(mapped, dtype=DTYPES[entry.dtype], count=math.prod(entry.shape), offset=entry.offset)
+    piece.place.copy_(piece.of(stored.view(entry.shape)))
     # Give the pages back at once: they would count as this process's memory until the file is unmapped.
     begin = entry.offset - entry.offset % mmap.PAGESIZE
     mapped.madvise(mmap.MADV_DONTNEED, begin, entry.offset + entry.nbytes - begin)
@@ -212,8 +216,11 @@ def _generation_config(path: Path) -> GenerationConfig | None:
 def save(model: BailingMoeV2ForCausalLM, path: Path, max_shard_size: int | str = "5GB") -> None:
     """Write a model as a checkpoint directory: original tensor names, safetensors, shards of at most that size.
 
-    Weights that an earlier save left in the directory are removed, so that nobody takes them for the new ones.
+    Weights that an earlier save left in the directory are removed, so that nobody takes them for the new ones. Raises
+    `UserError` for a model that is no whole checkpoint any more: quantised, in a device's layout, or a rank's part.
     """
+    if model.quantised or model.model.laid_out or model.parallel.world.size > 1:
+        raise UserError("only a whole model as it was loaded on a CPU or CUDA device, not quantised, can be saved")
     shards = _shards(model, _bytes(max_shard_size))
     files = (
         [SINGLE]

@@ -1,8 +1,8 @@
-"""BailingMoeV2, written once: cached or not, on any device, over the ops of `ops`.
+"""BailingMoeV2, written once: cached or not, quantised or not, on one device or a rank of many, over the ops of `ops`.
 
 Read from the bottom: `BailingMoeV2ForCausalLM` → `BailingMoeV2Model` → `DecoderLayer` → `Attention` and `MoE`. The
-weights of all experts of a layer are one tensor, gate and up projections are fused; `ascend.loader` has the table that
-maps the checkpoint's names to these.
+modules that hold weights are in `ascend.weights`; `ascend.loader` has the table that maps the checkpoint's names to
+them; what is this rank's share is said by `ascend.parallel`.
 
 Shapes: B rows, T new tokens per row, S cache slots, H hidden_size, V vocabulary, N query heads, G key/value heads,
 D head_dim, C = (N + 2G)·D, R = rotary dimensions / 2, E experts, I intermediate width.
@@ -24,7 +24,11 @@ import ops
 from ascend.cache import LayerCache, TransientCache
 from ascend.config import BailingMoeV2AliasConfig, BailingMoeV2Config
 from ascend.errors import UserError
+from ascend.parallel import Parallel
 from ascend.rope import Rope, cos_sin
+from ascend.weights import MLP, Experts, Weight
+from ops import layout
+from ops.layout import StepLayout
 
 # Arguments of `from_pretrained` that would change the model; all others that transformers knows change how it loads.
 NOT_IGNORED = {"quantization_config", "load_in_8bit", "load_in_4bit", "state_dict", "key_mapping", "tp_plan"}
@@ -32,37 +36,34 @@ NOT_IGNORED = {"quantization_config", "load_in_8bit", "load_in_4bit", "state_dic
 
 @dataclass(frozen=True)
 class Step:
-    """What all layers of one forward pass share: rotary angles, and per row the first and the end of the seen slots."""
+    """What all layers of one forward pass share.
 
-    cos_BTR: Tensor
-    sin_BTR: Tensor
+    Per row the first and the end of the seen slots, the end also on the host (``lengths``) where it is known there and
+    no row is padded; rotary tables, slots and mask in the device's layout.
+    """
+
+    layout: StepLayout
     start_B: Tensor
     length_B: Tensor
+    lengths: list[int] | None
     cache: LayerCache
 
 
-class Weight(nn.Module):
-    """A module that is nothing but a weight (and a bias): a norm, a projection, an embedding."""
-
-    def __init__(self, *shape: int, bias: bool = False) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(shape))
-        self.bias = nn.Parameter(torch.empty(shape[0])) if bias else None
-
-    def forward(self, x: Tensor) -> Tensor:
-        """The linear projection of ``x``."""
-        return ops.linear(x, self.weight, self.bias)
-
-
 class Attention(nn.Module):
-    """Grouped-query attention with optional RMSNorm of each query and key head before RoPE."""
+    """Grouped-query attention with optional RMSNorm of each query and key head before RoPE; this rank's heads."""
 
-    def __init__(self, config: BailingMoeV2Config, layer: int) -> None:
+    def __init__(self, config: BailingMoeV2Config, layer: int, parallel: Parallel) -> None:
         super().__init__()
         self.layer, self.eps, self.scale = layer, config.rms_norm_eps, config.head_dim**-0.5
-        heads = config.num_attention_heads + 2 * config.num_key_value_heads
-        self.query_key_value = Weight(heads * config.head_dim, config.hidden_size, bias=config.use_qkv_bias)
-        self.dense = Weight(config.hidden_size, config.num_attention_heads * config.head_dim, bias=config.use_bias)
+        self.tensor, self.head_dim, self.rotary_dim = (
+            parallel.tensor,
+            config.head_dim,
+            Rope.from_config(config).rotary_dim,
+        )
+        query, key = map(len, parallel.heads(config))
+        self.rotated = (query + key) * config.head_dim
+        self.query_key_value = Weight((query + 2 * key) * config.head_dim, config.hidden_size, bias=config.use_qkv_bias)
+        self.dense = Weight(config.hidden_size, query * config.head_dim, bias=config.use_bias)
         self.query_layernorm = Weight(config.head_dim) if config.use_qk_norm else None
         self.key_layernorm = Weight(config.head_dim) if config.use_qk_norm else None
 
@@ -71,24 +72,19 @@ class Attention(nn.Module):
         qkv_BTC = self.query_key_value(x_BTH)
         q_norm = self.query_layernorm.weight if self.query_layernorm is not None else None
         k_norm = self.key_layernorm.weight if self.key_layernorm is not None else None
-        k, v, written_B = step.cache.buffers(self.layer, qkv_BTC)
-        q = ops.rope_to_cache(qkv_BTC, q_norm, k_norm, step.cos_BTR, step.sin_BTR, k, v, written_B, self.eps)
+        k, v = step.cache.buffers(self.layer, qkv_BTC)
+        shared, written_B = step.layout, step.cache.written_B
+        q = ops.rope_to_cache(qkv_BTC, q_norm, k_norm, shared.cos, shared.sin, k, v, written_B, self.eps, shared.slots)
         k, v = step.cache.commit(self.layer, k, v)
-        out_BTND = ops.attention(q, k, v, step.start_B, step.length_B, self.scale)
-        return self.dense(out_BTND.flatten(2))
+        out_BTND = ops.attention(q, k, v, step.start_B, step.length_B, self.scale, shared.mask, step.lengths)
+        return self.tensor.all_reduce(self.dense(out_BTND.flatten(2)))
 
-
-class MLP(nn.Module):
-    """SwiGLU with gate and up fused: a dense layer's MLP, or all shared experts of a layer as one."""
-
-    def __init__(self, hidden_size: int, intermediate_size: int) -> None:
-        super().__init__()
-        self.gate_up = nn.Parameter(torch.empty(2 * intermediate_size, hidden_size))
-        self.down = nn.Parameter(torch.empty(hidden_size, intermediate_size))
-
-    def forward(self, x_TH: Tensor) -> Tensor:
-        """``[..., H]`` → ``[..., H]``."""
-        return ops.swiglu_mlp(x_TH, self.gate_up, self.down)
+    def lay_out(self) -> None:
+        """Bring the rows of query and key heads into the order that the device's rotary kernel takes."""
+        self.query_key_value.reorder_heads(self.rotated, self.head_dim, self.rotary_dim)
+        for norm in (self.query_layernorm, self.key_layernorm):
+            if norm is not None:
+                norm.reorder_heads(self.head_dim, self.head_dim, self.rotary_dim)
 
 
 class Gate(nn.Module):
@@ -108,46 +104,41 @@ class Gate(nn.Module):
         )
 
 
-class Experts(nn.Module):
-    """The weights of all routed experts of a layer, stacked for grouped work."""
-
-    def __init__(self, config: BailingMoeV2Config) -> None:
-        super().__init__()
-        E, H, width = config.num_experts, config.hidden_size, config.moe_intermediate_size
-        self.gate_up = nn.Parameter(torch.empty(E, 2 * width, H))
-        self.down = nn.Parameter(torch.empty(E, H, width))
-
-
 class MoE(nn.Module):
     """Routed experts plus, where there are any, the shared ones that see every token."""
 
-    def __init__(self, config: BailingMoeV2Config) -> None:
+    def __init__(self, config: BailingMoeV2Config, parallel: Parallel) -> None:
         super().__init__()
+        slots = parallel.local_slots(config.num_experts)
+        total = len(parallel.slots) or config.num_experts
+        width = len(parallel.expert_width(config.moe_intermediate_size))
+        shared_width = len(parallel.share(config.shared_intermediate_size))
+        self.parallel, self.mixture = parallel, parallel.mixture(config.num_experts)
         self.gate = Gate(config)
-        self.experts = Experts(config)
-        width = config.shared_intermediate_size
-        self.shared_experts = MLP(config.hidden_size, width) if width else None
+        self.experts = Experts(len(slots), config.hidden_size, width, slots.start, total)
+        self.shared_experts = MLP(config.hidden_size, shared_width) if shared_width else None
 
     def forward(self, x_BTH: Tensor) -> Tensor:
         """``[B, T, H]`` → ``[B, T, H]``."""
         x_TH = x_BTH.flatten(0, -2)
         weight_TK, expert_TK = self.gate(x_TH)
-        out_TH = ops.moe_experts(x_TH, weight_TK, expert_TK, self.experts.gate_up, self.experts.down)
-        if self.shared_experts is not None:
-            out_TH = out_TH + self.shared_experts(x_TH)
-        return out_TH.view_as(x_BTH)
+        shared_TH = None if self.shared_experts is None else self.shared_experts(x_TH)
+        return self.parallel.mix(self.mixture, x_TH, weight_TK, expert_TK, self.experts, shared_TH).view_as(x_BTH)
 
 
 class DecoderLayer(nn.Module):
     """Attention and MLP, each on the normalised residual stream and added back to it."""
 
-    def __init__(self, config: BailingMoeV2Config, layer: int) -> None:
+    def __init__(self, config: BailingMoeV2Config, layer: int, parallel: Parallel) -> None:
         super().__init__()
         self.eps = config.rms_norm_eps
         self.input_layernorm = Weight(config.hidden_size)
-        self.attention = Attention(config, layer)
+        self.attention = Attention(config, layer, parallel)
         self.post_attention_layernorm = Weight(config.hidden_size)
-        self.mlp = MoE(config) if config.is_moe_layer(layer) else MLP(config.hidden_size, config.intermediate_size)
+        if config.is_moe_layer(layer):
+            self.mlp: MoE | MLP = MoE(config, parallel)
+        else:
+            self.mlp = MLP(config.hidden_size, len(parallel.share(config.intermediate_size)), parallel.tensor)
 
     def forward(self, x_BTH: Tensor, residual_BTH: Tensor | None, step: Step) -> tuple[Tensor, Tensor]:
         """Return the MLP's output and the stream it is yet to be added to: the next norm does both at once."""
@@ -163,8 +154,8 @@ class DecoderLayer(nn.Module):
 class MTPLayer(DecoderLayer):
     """Multi-token prediction: one more decoder layer on the normalised pair (next token's embedding, hidden state)."""
 
-    def __init__(self, config: BailingMoeV2Config, layer: int) -> None:
-        super().__init__(config, layer)
+    def __init__(self, config: BailingMoeV2Config, layer: int, parallel: Parallel) -> None:
+        super().__init__(config, layer, parallel)
         self.enorm = Weight(config.hidden_size)
         self.hnorm = Weight(config.hidden_size)
         self.eh_proj = Weight(config.hidden_size, 2 * config.hidden_size)
@@ -181,25 +172,55 @@ class MTPLayer(DecoderLayer):
 class BailingMoeV2Model(nn.Module):
     """Embedding, decoder layers and final norm; the MTP layers follow the decoder layers in the same list."""
 
-    def __init__(self, config: BailingMoeV2Config) -> None:
+    def __init__(self, config: BailingMoeV2Config, parallel: Parallel) -> None:
         super().__init__()
-        self.config, self.eps = config, config.rms_norm_eps
+        self.config, self.eps, self.parallel = config, config.rms_norm_eps, parallel
         self.rope = Rope.from_config(config)
+        self.laid_out = False  # whether the weights are in the layout of a device that wants one of its own
         self.frequencies: Tensor | None = (
             None  # made at first use: a model that is built on the meta device has no data
         )
         self.word_embeddings = nn.Embedding(config.vocab_size, config.hidden_size)
         depth = config.num_hidden_layers
-        self.layers = nn.ModuleList([DecoderLayer(config, layer) for layer in range(depth)])
-        self.layers.extend([MTPLayer(config, depth + i) for i in range(config.num_nextn_predict_layers)])
+        self.layers = nn.ModuleList([DecoderLayer(config, layer, parallel) for layer in range(depth)])
+        self.layers.extend([MTPLayer(config, depth + i, parallel) for i in range(config.num_nextn_predict_layers)])
         self.norm = Weight(config.hidden_size)
 
-    def step(self, position_BT: Tensor, start_B: Tensor, length_B: Tensor, cache: LayerCache) -> Step:
-        """Make what the layers share in a pass over the tokens at these positions."""
-        if self.frequencies is None or self.frequencies.device != position_BT.device:
-            self.frequencies = self.rope.inverse_frequencies().to(position_BT.device)
+    @property
+    def kv_heads(self) -> int:
+        """Key/value heads on this rank."""
+        return len(self.parallel.heads(self.config)[1])
+
+    def lay_out(self) -> None:
+        """Bring all weights into the layout of the device they are on; the loader calls it once."""
+        if layout.is_own(self.norm.weight.device) and not self.laid_out:
+            for module in self.layers.modules():
+                lay_out = getattr(module, "lay_out", None)
+                if lay_out is not None:
+                    lay_out()
+            self.laid_out = True
+
+    def step(
+        self,
+        position_BT: Tensor,
+        start_B: Tensor,
+        length_B: Tensor,
+        cache: LayerCache,
+        lengths: list[int] | None = None,
+    ) -> Step:
+        """Make what the layers share in a pass over the tokens at these positions; see `Step`."""
+        device = position_BT.device
+        if layout.is_own(device) and not self.laid_out:
+            raise UserError(f"the weights were moved to {device}, where they need another layout: load the model there")
+        if self.frequencies is None or self.frequencies.device != device:
+            self.frequencies = self.rope.inverse_frequencies().to(device)
         cos, sin = cos_sin(self.frequencies, self.rope.attention_factor, position_BT)
-        return Step(cos, sin, start_B, length_B, cache)
+        # Where the cache attends to more than what it has written to, the op makes the mask itself.
+        masked = (start_B, length_B) if lengths is None and length_B is cache.written_B else None
+        shared = layout.step(
+            cos, sin, cache.written_B, cache.slots, masked, self.config.head_dim, self.norm.weight.dtype
+        )
+        return Step(shared, start_B, length_B, lengths, cache)
 
     def forward(self, embedding_BTH: Tensor, step: Step, taps: list[Tensor] | None = None) -> Tensor:
         """Return the hidden states after the final norm, ``[B, T, H]``.
@@ -228,12 +249,16 @@ class BailingMoeV2ForCausalLM(PreTrainedModel, GenerationMixin):
     _supports_sdpa = True  # transformers asks; attention is `ops.attention` whatever it is told
     _no_split_modules: ClassVar[list[str]] = ["DecoderLayer", "MTPLayer"]  # type: ignore[misc]
 
-    def __init__(self, config: BailingMoeV2Config) -> None:
+    def __init__(self, config: BailingMoeV2Config, parallel: Parallel | None = None) -> None:
         super().__init__(config)
-        self.model = BailingMoeV2Model(config)
-        self.lm_head = None if config.tie_word_embeddings else Weight(config.vocab_size, config.hidden_size)
+        self.parallel = parallel or Parallel()
+        self.parallel.check(config)
+        self.model = BailingMoeV2Model(config, self.parallel)
+        rows = len(self.parallel.vocabulary(config.vocab_size))
+        self.lm_head = None if config.tie_word_embeddings else Weight(rows, config.hidden_size)
         # `ascend.load_model` turns this on: a call then returns the logits themselves, not a transformers output.
         self.plain_logits = False
+        self.quantised: str | None = None  # the format, after `ascend.quantisation`
         self.post_init()
 
     def forward(
@@ -289,8 +314,9 @@ class BailingMoeV2ForCausalLM(PreTrainedModel, GenerationMixin):
 
     def logits(self, hidden_BTH: Tensor) -> Tensor:
         """Put normalised hidden states through the head: fp32 ``[..., V]``."""
-        weight = self.model.word_embeddings.weight if self.lm_head is None else self.lm_head.weight
-        return ops.linear(hidden_BTH, weight, None).float()
+        if self.lm_head is None:
+            return ops.linear(hidden_BTH, self.model.word_embeddings.weight, None).float()
+        return self.parallel.whole_vocabulary(self.lm_head(hidden_BTH), self.config.vocab_size).float()
 
     def _step(
         self, embedding_BTH: Tensor, mask: Tensor | None, position_BT: Tensor | None, transformers_cache: Any
@@ -304,9 +330,10 @@ class BailingMoeV2ForCausalLM(PreTrainedModel, GenerationMixin):
         slot_T = torch.arange(past, past + T, device=device)
         if position_BT is None:
             position_BT = (slot_T - start_B[:, None]).clamp(min=0)
-        length_B = torch.full((B,), past + T, dtype=torch.int64, device=device)
-        cache = TransientCache(self.config, transformers_cache, slot_T)
-        return self.model.step(position_BT.expand(B, T), start_B, length_B, cache)
+        cache = TransientCache(self.model.kv_heads, self.config.head_dim, B, slot_T, transformers_cache)
+        length_B = torch.full((B,), past + T, dtype=torch.int64, device=device) if past else cache.written_B
+        lengths = [past + T] * B if mask is None else None
+        return self.model.step(position_BT.expand(B, T), start_B, length_B, cache, lengths)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:

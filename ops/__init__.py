@@ -1,7 +1,8 @@
 """The operations of the model, as ``torch.library`` ops: one name, one definition, one implementation per device.
 
-What comes in and goes out of each op is defined by the plain-torch function of the same name in `ops.reference`; read
-that file first. A device that has nothing faster runs the reference. The model calls the functions below and never asks
+What comes in and goes out of each op is defined by the plain-torch function of the same name in `ops.reference` (on
+quantised weights: `ops.reference_quantised`); read that file first. Weights come as `ops.layout` lays them out for the
+device. A device that has nothing faster runs the reference. The model calls the functions below and never asks
 where it runs; shapes can be followed on the ``meta`` device. The ops are for inference: none defines a gradient.
 """
 
@@ -10,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ops import cpu, reference
+from ops import cpu, npu, reference, reference_quantised
 
 _LIBRARY = torch.library.Library("ascend", "DEF")
 
@@ -21,22 +22,32 @@ SCHEMAS = {
     "swiglu_mlp": "(Tensor x_TH, Tensor gate_up_IH, Tensor down_HI) -> Tensor",
     "moe_gate": "(Tensor x_TH, Tensor weight_EH, Tensor? bias_E, int top_k, int n_group, int topk_group, "
     "bool normalise, float scaling) -> (Tensor, Tensor)",
-    "moe_experts": "(Tensor x_TH, Tensor weight_TK, Tensor expert_TK, Tensor gate_up_EIH, Tensor down_EHI) -> Tensor",
+    "moe_experts": "(Tensor x_TH, Tensor weight_TK, Tensor expert_TK, Tensor gate_up_EIH, Tensor down_EHI, "
+    "int first=0, int total=0) -> Tensor",
     "rope_to_cache": "(Tensor qkv_BTC, Tensor? q_norm_D, Tensor? k_norm_D, Tensor cos_BTR, Tensor sin_BTR, "
-    "Tensor(a!) k_BGSD, Tensor(b!) v_BGSD, Tensor length_B, float eps) -> Tensor",
-    "attention": "(Tensor q_BTND, Tensor k_BGSD, Tensor v_BGSD, Tensor start_B, Tensor length_B, float scale) "
+    "Tensor(a!) k_BGSD, Tensor(b!) v_BGSD, Tensor length_B, float eps, Tensor? slots=None) -> Tensor",
+    "attention": "(Tensor q_BTND, Tensor k_BGSD, Tensor v_BGSD, Tensor start_B, Tensor length_B, float scale, "
+    "Tensor? mask=None, int[]? lengths=None) -> Tensor",
+    "linear_w8a8": "(Tensor x, Tensor weight, Tensor scale_O, Tensor? bias) -> Tensor",
+    "swiglu_mlp_w8a8": "(Tensor x_TH, Tensor gate_up_IH, Tensor gate_up_scale_I, Tensor down_HI, Tensor down_scale_H) "
     "-> Tensor",
+    "moe_experts_w8a8": "(Tensor x_TH, Tensor weight_TK, Tensor expert_TK, Tensor gate_up_EIH, "
+    "Tensor gate_up_scale_EI, Tensor down_EHI, Tensor down_scale_EH, int first=0, int total=0) -> Tensor",
+    "moe_experts_w4a16": "(Tensor x_TH, Tensor weight_TK, Tensor expert_TK, Tensor gate_up_EIH, "
+    "Tensor gate_up_scale_EIS, Tensor down_EHI, Tensor down_scale_EHS, int first=0, int total=0) -> Tensor",
 }
 
-# Implementations by dispatch key; what a table lacks runs the reference. CUDA and NPU bring tables of their own.
-KERNELS = {"CPU": cpu.KERNELS}
+# Implementations by dispatch key; what a table lacks runs the reference. CUDA brings a table of its own.
+# Torch calls an NPU "PrivateUse1".
+KERNELS = {"CPU": cpu.KERNELS, "PrivateUse1": npu.KERNELS}
 
 
 def _register() -> None:
     for name, schema in SCHEMAS.items():
+        definition = reference if hasattr(reference, name) else reference_quantised
         _LIBRARY.define(name + schema)
-        _LIBRARY.impl(name, getattr(reference, name), "CompositeExplicitAutograd")
-        _LIBRARY.impl(name, getattr(reference, f"{name}_meta"), "Meta")
+        _LIBRARY.impl(name, getattr(definition, name), "CompositeExplicitAutograd")
+        _LIBRARY.impl(name, getattr(definition, f"{name}_meta"), "Meta")
     for key, kernels in KERNELS.items():
         for name, kernel in kernels.items():
             _LIBRARY.impl(name, kernel, key)
@@ -52,5 +63,9 @@ moe_gate = torch.ops.ascend.moe_gate.default
 moe_experts = torch.ops.ascend.moe_experts.default
 rope_to_cache = torch.ops.ascend.rope_to_cache.default
 attention = torch.ops.ascend.attention.default
+linear_w8a8 = torch.ops.ascend.linear_w8a8.default
+swiglu_mlp_w8a8 = torch.ops.ascend.swiglu_mlp_w8a8.default
+moe_experts_w8a8 = torch.ops.ascend.moe_experts_w8a8.default
+moe_experts_w4a16 = torch.ops.ascend.moe_experts_w4a16.default
 
 __all__ = [*SCHEMAS, "KERNELS", "SCHEMAS", "Tensor"]

@@ -35,22 +35,23 @@ class BuildError(RuntimeError):
 
 def load() -> ctypes.CDLL:
     """Return the compiled kernels, from the cache or compiled now. Raises `BuildError`."""
-    compiler = _compiler()
+    found = compiler()
     flags = (*FLAGS, TUNING.get(platform.machine(), "-march=native"))
     try:
-        library = _cache_folder() / f"kernels-{_fingerprint(compiler, flags)}.so"
+        library = cache_folder("kernels") / f"kernels-{_fingerprint(found, flags)}.so"
         if not library.exists():
-            _compile(compiler, flags, library)
+            _compile(found, flags, library)
         kernels = ctypes.CDLL(str(library))
     except subprocess.TimeoutExpired as error:
-        raise BuildError(f"{compiler} took more than {error.timeout:.0f} s") from error
+        raise BuildError(f"{found} took more than {error.timeout:.0f} s") from error
     except OSError as error:
         raise BuildError(f"{error}; {_REMEDY}") from error
     _share_threads(kernels)
     return kernels
 
 
-def _compiler() -> str:
+def compiler() -> str:
+    """Return the path of a C compiler. Raises `BuildError`."""
     for name in ("cc", "gcc", "clang"):
         found = shutil.which(name)
         if found:
@@ -58,10 +59,13 @@ def _compiler() -> str:
     raise BuildError("no C compiler (cc, gcc or clang) on the PATH; install gcc")
 
 
-def _cache_folder() -> Path:
-    """The user's own folder of compiled kernels. What lies in it is executed, so it must be no one else's."""
+def cache_folder(name: str) -> Path:
+    """Return the user's own folder of that name for what is compiled here, made if need be. Raises `BuildError`.
+
+    What lies in it is executed, so it must be no one else's.
+    """
     try:
-        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "antangelmed" / "kernels"
+        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "antangelmed" / name
     except RuntimeError as error:
         raise BuildError(f"this user has no home directory; {_REMEDY}") from error
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)

@@ -252,8 +252,18 @@ def moe_gate(
     return weight_TK, expert_TK
 
 
-def moe_experts(x_TH: Tensor, weight_TK: Tensor, expert_TK: Tensor, gate_up_EIH: Tensor, down_EHI: Tensor) -> Tensor:
+def moe_experts(
+    x_TH: Tensor,
+    weight_TK: Tensor,
+    expert_TK: Tensor,
+    gate_up_EIH: Tensor,
+    down_EHI: Tensor,
+    first: int = 0,
+    total: int = 0,
+) -> Tensor:
     """`reference.moe_experts`."""
+    if first:
+        expert_TK = expert_TK - first
     kernels, dtype, (E, H, inner), (T, K) = _table[x_TH.dtype], x_TH.dtype, down_EHI.shape, expert_TK.shape
     if (
         kernels is None
@@ -304,6 +314,7 @@ def rope_to_cache(
     v_BGSD: Tensor,
     length_B: Tensor,
     eps: float,
+    slots: Tensor | None = None,
 ) -> Tensor:
     """`reference.rope_to_cache`."""
     kernels, dtype, (B, T, C), (rows, G, S, D) = _table[qkv_BTC.dtype], qkv_BTC.dtype, qkv_BTC.shape, k_BGSD.shape
@@ -369,7 +380,14 @@ def _head_norm_fits(weight_D: Tensor | None, dtype: torch.dtype, D: int) -> bool
 
 
 def attention(
-    q_BTND: Tensor, k_BGSD: Tensor, v_BGSD: Tensor, start_B: Tensor, length_B: Tensor, scale: float
+    q_BTND: Tensor,
+    k_BGSD: Tensor,
+    v_BGSD: Tensor,
+    start_B: Tensor,
+    length_B: Tensor,
+    scale: float,
+    mask: Tensor | None = None,
+    lengths: list[int] | None = None,
 ) -> Tensor:
     """`reference.attention`."""
     kernels, dtype, (B, T, N, D), (rows, G, S, width) = _table[q_BTND.dtype], q_BTND.dtype, q_BTND.shape, k_BGSD.shape

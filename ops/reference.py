@@ -4,10 +4,13 @@ Shapes: B sequences, T new tokens (flattened over the batch where B is absent), 
 heads, G key/value heads, D head_dim, C = (N + 2G)·D, R = half the rotary dimensions, E experts, K experts per token,
 I intermediate width (2·I rows in a fused gate_up: all gate rows first, then all up rows).
 
-Each op ``f`` has a ``f_meta`` beside it that gives the shapes and dtypes of its outputs and computes nothing.
+Each op ``f`` has a ``f_meta`` beside it that gives the shapes and dtypes of its outputs and computes nothing. The ops
+on quantised weights are in `ops.reference_quantised`.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -75,7 +78,7 @@ def moe_gate(
     The bias only chooses: the weights are the unbiased sigmoids of the chosen, normalised to sum to one unless
     ``normalise`` is off or ``top_k`` is 1, times ``scaling``. Source: the model authors' `BailingMoeV2Gate`.
 
-    Returns ``(weight_TK fp32, expert_TK int64)``, best biased expert first.
+    Returns ``(weight_TK fp32, expert_TK int64)`` (int32 on an NPU), best biased expert first.
     """
     score_TE = torch.sigmoid(F.linear(x_TH.float(), weight_EH.float()))
     biased_TE = score_TE if bias_E is None else score_TE + bias_E.float()
@@ -107,24 +110,48 @@ def moe_gate_meta(
     return x_TH.new_empty(shape, dtype=torch.float32), x_TH.new_empty(shape, dtype=torch.int64)
 
 
-def moe_experts(x_TH: Tensor, weight_TK: Tensor, expert_TK: Tensor, gate_up_EIH: Tensor, down_EHI: Tensor) -> Tensor:
+def moe_experts(
+    x_TH: Tensor,
+    weight_TK: Tensor,
+    expert_TK: Tensor,
+    gate_up_EIH: Tensor,
+    down_EHI: Tensor,
+    first: int = 0,
+    total: int = 0,
+) -> Tensor:
     """Sum over each token's experts of ``weight · down(silu(gate(x)) · up(x))``; the sum in fp32, returns ``[T, H]``.
 
-    Only experts that some token chose are read. An index outside ``[0, E)`` adds nothing: a rank of an
-    expert-parallel group subtracts its first expert and passes its own experts alone.
+    The weights are those of the experts ``first … first + E - 1``, of ``total`` in all (0: there are no others); an
+    index elsewhere adds nothing, as on a rank of an expert-parallel group. Only experts that some token chose are read.
     """
+
+    def run(expert: int, x: Tensor) -> Tensor:
+        return swiglu_mlp(x, gate_up_EIH[expert], down_EHI[expert])
+
+    return weighted_sum(x_TH, weight_TK, expert_TK - first, gate_up_EIH.shape[0], run)
+
+
+def weighted_sum(
+    x_TH: Tensor, weight_TK: Tensor, expert_TK: Tensor, E: int, run: Callable[[int, Tensor], Tensor]
+) -> Tensor:
+    """Sum what ``run(expert, its tokens)`` gives over the experts ``[0, E)``, weighted, in fp32; dtype of ``x_TH``."""
     out_TH = torch.zeros_like(x_TH, dtype=torch.float32)
     for expert in expert_TK.unique().tolist():
-        if not 0 <= expert < gate_up_EIH.shape[0]:
+        if not 0 <= expert < E:
             continue
         token, k = (expert_TK == expert).nonzero(as_tuple=True)
-        hidden = swiglu_mlp(x_TH[token], gate_up_EIH[expert], down_EHI[expert])
-        out_TH.index_add_(0, token, weight_TK[token, k, None] * hidden.float())
+        out_TH.index_add_(0, token, weight_TK[token, k, None] * run(expert, x_TH[token]).float())
     return out_TH.to(x_TH.dtype)
 
 
 def moe_experts_meta(
-    x_TH: Tensor, weight_TK: Tensor, expert_TK: Tensor, gate_up_EIH: Tensor, down_EHI: Tensor
+    x_TH: Tensor,
+    weight_TK: Tensor,
+    expert_TK: Tensor,
+    gate_up_EIH: Tensor,
+    down_EHI: Tensor,
+    first: int = 0,
+    total: int = 0,
 ) -> Tensor:
     """Shape of `moe_experts`."""
     return torch.empty_like(x_TH)
@@ -140,12 +167,14 @@ def rope_to_cache(
     v_BGSD: Tensor,
     length_B: Tensor,
     eps: float,
+    slots: Tensor | None = None,
 ) -> Tensor:
     """Split a fused ``[q heads | k heads | v heads]`` projection, normalise, rotate, and store keys and values.
 
     Queries and keys get an RMSNorm per head (where its weight is given), then rotary embedding in the half style on
     their first ``2·R`` dimensions, in fp32. Keys and values of row ``b`` go to the slots ``length_B[b] - T …
-    length_B[b] - 1`` of the caches, in place. Returns the queries ``[B, T, N, D]``.
+    length_B[b] - 1`` of the caches, in place. ``slots`` says the same for devices that want it said so (`ops.layout`).
+    Returns the queries ``[B, T, N, D]``.
     """
     B, T, C = qkv_BTC.shape
     G, D = k_BGSD.shape[1], k_BGSD.shape[3]
@@ -178,6 +207,7 @@ def rope_to_cache_meta(
     v_BGSD: Tensor,
     length_B: Tensor,
     eps: float,
+    slots: Tensor | None = None,
 ) -> Tensor:
     """Shape of `rope_to_cache`."""
     B, T, C = qkv_BTC.shape
@@ -186,13 +216,23 @@ def rope_to_cache_meta(
 
 
 def attention(
-    q_BTND: Tensor, k_BGSD: Tensor, v_BGSD: Tensor, start_B: Tensor, length_B: Tensor, scale: float
+    q_BTND: Tensor,
+    k_BGSD: Tensor,
+    v_BGSD: Tensor,
+    start_B: Tensor,
+    length_B: Tensor,
+    scale: float,
+    mask: Tensor | None = None,
+    lengths: list[int] | None = None,
 ) -> Tensor:
     """Causal grouped-query attention of the last T tokens of each row over the row's cache; softmax in fp32.
 
     Row ``b`` holds keys in the slots ``start_B[b] … length_B[b] - 1`` (what lies before ``start`` is left padding), the
     T queries belong to its last T slots, and each sees the slots up to its own. A query that sees no slot (padding)
     gives 0. Returns ``[B, T, N, D]`` in the dtype of ``q``.
+
+    ``mask`` (`ops.layout`) and ``lengths`` (``length_B`` on the host, given only if every ``start_B`` is 0) say the
+    same for devices that want it said so.
     """
     B, T, N, D = q_BTND.shape
     G, S = k_BGSD.shape[1:3]
@@ -209,7 +249,14 @@ def attention(
 
 
 def attention_meta(
-    q_BTND: Tensor, k_BGSD: Tensor, v_BGSD: Tensor, start_B: Tensor, length_B: Tensor, scale: float
+    q_BTND: Tensor,
+    k_BGSD: Tensor,
+    v_BGSD: Tensor,
+    start_B: Tensor,
+    length_B: Tensor,
+    scale: float,
+    mask: Tensor | None = None,
+    lengths: list[int] | None = None,
 ) -> Tensor:
     """Shape of `attention`."""
     return torch.empty_like(q_BTND, memory_format=torch.contiguous_format)

@@ -9,13 +9,14 @@ once before; the reference in bf16 rounds at every step.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 import ops
-from ops import cpu, reference
+from ops import cpu, quantise, reference
 
 BF16, FP32 = torch.bfloat16, torch.float32
 UNIT = {BF16: 2.0**-8, FP32: 1e-5}
@@ -70,7 +71,13 @@ def op_cases(dtype: torch.dtype) -> dict[str, tuple[Any, ...]]:
     q, k, v, start, length, scale = cache_case(7, dtype, 2, 2, 3, 16, [(0, 9), (2, 5)])
     router, angle = make(8, FP32)(8, 32), make(9, FP32)(2, 2, 4)
     weight, chosen = reference.moe_gate(new(5, 32), router, None, 3, 4, 2, True, 2.5)
+    gate_up, down = new(8, 2 * 8, 32, scale=0.2), new(8, 32, 8)
+    int8, int4 = quantise.int8_weight, partial(quantise.int4_weight, group=8)
     return {
+        "linear_w8a8": (new(5, 32), *int8(new(7, 32)), new(7)),
+        "swiglu_mlp_w8a8": (new(5, 32), *int8(gate_up[0]), *int8(down[0])),
+        "moe_experts_w8a8": (new(5, 32), weight, chosen, *int8(gate_up), *int8(down)),
+        "moe_experts_w4a16": (new(5, 32), weight, chosen, *int4(gate_up), *int4(down)),
         "rms_norm": (new(5, 32), new(32), 1e-6),
         "add_rms_norm": (new(5, 32), new(5, 32), new(32), 1e-6),
         "linear": (new(5, 32), new(7, 32), new(7)),

@@ -51,7 +51,7 @@ def test_step_by_step_gives_the_logits_of_the_full_pass(variant: str, tmp_path: 
         assert (decoder.prefill() - full[:, prompt - 1]).abs().max() < TOLERANCE
         for position in range(prompt, 48):
             assert (decoder.step(ids[:, position]) - full[:, position]).abs().max() < TOLERANCE
-        assert decoder.cache.length_B.tolist() == [48] * 3
+        assert decoder.cache.written_B.tolist() == [48] * 3
 
 
 def padded(prompts: list[Tensor]) -> tuple[Tensor, Tensor]:

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import ops
-from ops import reference
+from ops import cpu, reference
 from tests.op_cases import (
     BF16,
     FP32,
@@ -405,7 +405,7 @@ def test_rope_to_cache_depends_on_nothing_but_its_row(threads: Callable[[int], N
 
 
 @pytest.mark.parametrize("dtype", [BF16, FP32, torch.float16])
-@pytest.mark.parametrize("name", list(ops.SCHEMAS))
+@pytest.mark.parametrize("name", list(cpu.KERNELS))
 def test_inputs_of_any_layout(name: str, dtype: torch.dtype) -> None:
     args = op_cases(dtype)[name]
     same(name, args, dtype)

@@ -1,0 +1,205 @@
+"""Captured graphs (``torch.npu.NPUGraph``): what a capture records, a replay does again over the same memory.
+
+The real runtime's calls arrive here through the C stand-in. As on the card, a captured op does not run: its results
+have a shape, from the op's own meta kernel, and hold nothing until the first replay. Whatever makes the host wait is
+refused while capturing. A task group (an op whose host arguments change) is recorded as a part of the tape that
+`update` replaces.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import itertools
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+from ascend.emulator import communicator, log, memory
+from ascend.emulator.limits import Refused
+
+
+@dataclass
+class Task:
+    """One op of a graph: what to compute, on which memory, and where its results go."""
+
+    kernel: Any
+    args: Any
+    kwargs: Any
+    results: list[Tensor]
+
+    def run(self) -> None:
+        """Compute again over the memory that was captured."""
+        log.op(self.kernel.name)
+        computed = _tensors(self.kernel.compute(*self.args, **self.kwargs))
+        fresh = [
+            one for one, position in zip(computed, self._positions(len(computed)), strict=True) if position is None
+        ]
+        for place, value in zip(self.results, fresh, strict=True):
+            if place.numel():
+                place.copy_(value)
+
+    def _positions(self, count: int) -> list[int | None]:
+        positions = list(self.kernel.returned)
+        return positions if len(positions) == count else [None] * count
+
+
+@dataclass
+class Tape:
+    """A graph under its number: its tasks in order; ``groups`` holds those whose host arguments may be replaced."""
+
+    number: int
+    tasks: list[Task] = field(default_factory=list)
+    groups: dict[int, slice] = field(default_factory=dict)
+
+
+_tapes: dict[int, Tape] = {}
+_numbers = itertools.count(1)
+_capture: Tape | None = None
+_group_start = 0
+_update: tuple[Tape, int] | None = None
+_hooks: list[Any] = []  # what C holds must not be collected
+
+_GRAPH_HOOK = ctypes.CFUNCTYPE(ctypes.c_long, ctypes.c_char_p, ctypes.c_void_p, ctypes.c_void_p)
+
+
+def capturing() -> bool:
+    """Say whether ops are being recorded (or a group's are being replaced) and not run."""
+    return _capture is not None or _update is not None
+
+
+def refuse_while_capturing(what: str) -> None:
+    """Raise `Refused` if a graph is being captured: the host would wait for what has not run."""
+    if _capture is not None:
+        raise Refused(f"{what}: the host cannot wait for the device while a graph is captured")
+
+
+def install() -> None:
+    """Connect the C runtime to this file and to the collectives."""
+    hook = _GRAPH_HOOK(_on_event)
+    _hooks[:] = [hook, communicator.HOOK]
+    _runtime().emulator_set_hooks(hook, communicator.HOOK)
+
+
+def _runtime() -> ctypes.CDLL:
+    return ctypes.CDLL("libascendcl.so")
+
+
+def record(kernel: Any, args: Any, kwargs: Any, device: torch.device) -> Any:
+    """Put an op on the tape; return results that have a shape and, until a replay, no values."""
+    global _update
+    host_args, host_kwargs = kernel.on_host(args, kwargs)
+    meta_args, meta_kwargs = tree_map_only(Tensor, _shape_alone, (args, kwargs))
+    if meta_kwargs.get("device") is not None:
+        meta_kwargs["device"] = torch.device("meta")
+    shaped = kernel.overload(*meta_args, **meta_kwargs)
+    results = tree_map_only(Tensor, lambda one: memory.poison(memory.empty_like(one, device)), shaped)
+    returned = kernel.results(results, args, kwargs, torch.device("cpu"))  # written arguments return themselves
+    given = {id(one) for one in _tensors((args, kwargs))}
+    fresh = [memory.alias(one) for one in _tensors(returned) if id(one) not in given]
+    task = Task(kernel, host_args, host_kwargs, fresh)
+    if _update is not None:
+        tape, position = _update
+        tape.tasks[position] = task
+        _update = (tape, position + 1)
+    else:
+        assert _capture is not None, "the caller asked `capturing`"
+        _capture.tasks.append(task)
+    return returned
+
+
+def _tensors(tree: Any) -> list[Tensor]:
+    return [one for one in tree_leaves(tree) if isinstance(one, Tensor)]
+
+
+def _shape_alone(tensor: Tensor) -> Tensor:
+    if tensor.device.type == "cpu":
+        return tensor  # a scalar
+    return torch.empty_strided(tensor.size(), tensor.stride(), dtype=tensor.dtype, device="meta")
+
+
+def _on_event(what: bytes, number: int | None, stream: int | None) -> int:
+    try:
+        return _EVENTS[what.decode()](number or 0)
+    except Exception as error:  # an exception cannot cross C: the call fails, and torch_npu asks why
+        return _runtime().emulator_fail(f"{what.decode()}: {error}".encode())
+
+
+def _begin(_: int) -> int:
+    global _capture
+    _capture = Tape(next(_numbers))
+    return 0
+
+
+def _end(_: int) -> int:
+    global _capture
+    assert _capture is not None, "the runtime ends what it began"
+    tape, _capture = _capture, None
+    _tapes[tape.number] = tape
+    return tape.number
+
+
+def _under_way(_: int) -> int:
+    return 0 if _capture is None else _capture.number
+
+
+def _execute(number: int) -> int:
+    log.op("graph::replay")
+    for task in _tapes[number].tasks:
+        task.run()
+    return 0
+
+
+def _destroy(number: int) -> int:
+    _tapes.pop(number, None)
+    return 0
+
+
+def _group_begin(_: int) -> int:
+    global _group_start
+    assert _capture is not None, "a task group is part of a capture"
+    _group_start = len(_capture.tasks)
+    return 0
+
+
+def _group_end(_: int) -> int:
+    assert _capture is not None, "a task group is part of a capture"
+    number = next(_numbers)
+    _capture.groups[number] = slice(_group_start, len(_capture.tasks))
+    return number
+
+
+def _update_begin(number: int) -> int:
+    global _update
+    tape = next(tape for tape in _tapes.values() if number in tape.groups)
+    _update = (tape, tape.groups[number].start)
+    return 0
+
+
+def _update_end(_: int) -> int:
+    global _update
+    _update = None
+    return 0
+
+
+def _synchronise(what: str) -> int:
+    log.sync(what)
+    return int(_capture is not None)
+
+
+_EVENTS = {
+    "capture_begin": _begin,
+    "capture_end": _end,
+    "graph": _under_way,
+    "execute": _execute,
+    "destroy": _destroy,
+    "group_begin": _group_begin,
+    "group_end": _group_end,
+    "update_begin": _update_begin,
+    "update_end": _update_end,
+    "aclrtSynchronizeStream": lambda _: _synchronise("aclrtSynchronizeStream"),
+    "aclrtSynchronizeDevice": lambda _: _synchronise("aclrtSynchronizeDevice"),
+    "aclrtSynchronizeEvent": lambda _: _synchronise("aclrtSynchronizeEvent"),
+}

@@ -1,0 +1,161 @@
+"""One model over several ranks: which heads, which rows of which weight and which experts are this rank's.
+
+Attention, dense MLPs, shared experts and the head are divided over the ranks of a *tensor* group; ranks of other tensor
+groups see other tokens (data parallel). The routed experts are divided over all ranks of the *world*: into ``experts``
+blocks of whole experts, and within a block by their width. With one tensor group all ranks hold the same tokens.
+
+    8 ranks, tensor 8, experts 8: attention by heads, 32 of 256 experts a rank (what serves 910B best at small batches)
+    4 ranks, tensor 4, experts 2: each half of the ranks holds half of the experts, each rank half of their width
+    4 ranks, tensor 1, experts 4: four streams of tokens, all experts shared out (data parallel attention)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from ascend.errors import UserError
+from ops.expert_parallel import ExpertParallel
+from ops.process_group import Group
+
+if TYPE_CHECKING:
+    from ascend.config import BailingMoeV2Config
+    from ascend.devices import DeviceFacts
+
+
+@dataclass(frozen=True)
+class Parallel:
+    """The groups of a rank; ``Parallel()`` is one process alone.
+
+    slots: the expert that each slot holds, of all ranks, as `ops.placement` gives them; empty for each expert once, in
+    order. strategy: how tokens and experts meet, a name of `ops.expert_parallel.STRATEGIES` or "auto".
+    """
+
+    world: Group = field(default_factory=Group)
+    tensor: Group = field(default_factory=Group)
+    experts: int = 1
+    slots: tuple[int, ...] = ()
+    strategy: str = "auto"
+    facts: DeviceFacts | None = None
+
+    @classmethod
+    def mesh(
+        cls,
+        world: Group,
+        tensor: int,
+        experts: int,
+        slots: tuple[int, ...] = (),
+        strategy: str = "auto",
+        facts: DeviceFacts | None = None,
+    ) -> Parallel:
+        """Divide ``world`` into tensor groups of ``tensor`` neighbouring ranks and experts into ``experts`` blocks.
+
+        Called on all ranks alike. Raises `UserError` for numbers that do not divide the ranks.
+        """
+        for name, part in (("tensor", tensor), ("experts", experts)):
+            if part < 1 or world.size % part:
+                raise UserError(f"{name}={part} does not divide the {world.size} ranks")
+        parts = [range(first, first + tensor) for first in range(0, world.size, tensor)]
+        group = world.split(parts) if world.size > 1 else world
+        return cls(world, group, experts, slots, strategy, facts)
+
+    @property
+    def replicated(self) -> bool:
+        """Whether all ranks hold the same tokens."""
+        return self.tensor.size == self.world.size
+
+    @property
+    def width_shards(self) -> int:
+        """Among how many ranks an expert's width is divided."""
+        return self.world.size // self.experts
+
+    def check(self, config: BailingMoeV2Config) -> None:
+        """Raise `UserError` if the model does not divide so."""
+        tensor, N, G = self.tensor.size, config.num_attention_heads, config.num_key_value_heads
+        wholes = (
+            ("num_attention_heads", N, tensor),
+            ("intermediate_size", config.intermediate_size, tensor),
+            ("the shared experts' width", config.shared_intermediate_size, tensor),
+            ("moe_intermediate_size", config.moe_intermediate_size, self.width_shards),
+            ("the number of expert slots", len(self.slots) or config.num_experts, self.experts),
+        )
+        for name, value, parts in wholes:
+            if value % parts:
+                raise UserError(f"{name} {value} does not divide into {parts} ranks")
+        if G % tensor and tensor % G:
+            raise UserError(f"num_key_value_heads {G} does not divide into {tensor} ranks, nor they into it")
+        missing = set(range(config.num_experts)) - set(self.slots or range(config.num_experts))
+        if missing:
+            raise UserError(f"no rank has expert {min(missing)}: {len(missing)} experts are in no slot")
+
+    # What of the model is this rank's
+
+    def heads(self, config: BailingMoeV2Config) -> tuple[range, range]:
+        """This rank's query heads and key/value heads; ranks share a key/value head where there are too few."""
+        N, G, size, rank = config.num_attention_heads, config.num_key_value_heads, self.tensor.size, self.tensor.rank
+        query = range(rank * N // size, (rank + 1) * N // size)
+        if size <= G:
+            return query, range(rank * G // size, (rank + 1) * G // size)
+        return query, range(rank * G // size, rank * G // size + 1)
+
+    def share(self, size: int) -> range:
+        """This rank's part of a dimension that the tensor group divides."""
+        part = size // self.tensor.size
+        return range(self.tensor.rank * part, (self.tensor.rank + 1) * part)
+
+    def vocabulary(self, size: int) -> range:
+        """This rank's rows of the head: all of them where they do not divide."""
+        return range(size) if size % self.tensor.size else self.share(size)
+
+    def expert_width(self, width: int) -> range:
+        """This rank's part of each of its experts."""
+        part, shard = width // self.width_shards, self.world.rank % self.width_shards
+        return range(shard * part, (shard + 1) * part)
+
+    def local_slots(self, num_experts: int) -> range:
+        """This rank's slots among those of all ranks."""
+        count = (len(self.slots) or num_experts) // self.experts
+        block = self.world.rank // self.width_shards
+        return range(block * count, (block + 1) * count)
+
+    def local_experts(self, num_experts: int) -> list[int]:
+        """The expert in each of this rank's slots."""
+        return [self.slots[slot] if self.slots else slot for slot in self.local_slots(num_experts)]
+
+    # What the ranks do together
+
+    def mixture(self, num_experts: int) -> Callable[..., Tensor]:
+        """Return what brings tokens and experts together, for the MoE layers of a model."""
+        slots = len(self.local_slots(num_experts))
+        return ExpertParallel(self.world, slots, self.width_shards, self.strategy, self.facts)
+
+    def mix(
+        self,
+        mixture: Callable[..., Tensor],
+        x_TH: Tensor,
+        weight_TK: Tensor,
+        expert_TK: Tensor,
+        experts: Callable[..., Tensor],
+        shared_TH: Tensor | None,
+    ) -> Tensor:
+        """Return the routed experts' sums plus this rank's part of the shared experts', added up over the ranks."""
+        if self.replicated:
+            return mixture(x_TH, weight_TK, expert_TK, experts, replicated=True, extra_TH=shared_TH)
+        # The ranks of a tensor group hold the same tokens: each brings its slice of them.
+        T, size = x_TH.shape[0], self.tensor.size
+        n = -(-T // size)
+        own = slice(self.tensor.rank * n, (self.tensor.rank + 1) * n)
+        out_TH = mixture(x_TH[own], weight_TK[own], expert_TK[own], experts, replicated=False)
+        out_TH = self.tensor.all_gather(F.pad(out_TH, (0, 0, 0, n - out_TH.shape[0])))[:T]
+        return out_TH if shared_TH is None else out_TH + self.tensor.all_reduce(shared_TH)
+
+    def whole_vocabulary(self, logits: Tensor, vocab_size: int) -> Tensor:
+        """Put the ranks' parts of the logits ``[…, V / ranks]`` side by side."""
+        if logits.shape[-1] == vocab_size:
+            return logits
+        parts = self.tensor.all_gather(logits.unsqueeze(0))
+        return parts.movedim(0, -2).flatten(-2)
