@@ -117,8 +117,8 @@ def experts_int4(packed_EOI: Tensor, scale_EOS: Tensor) -> tuple[Tensor, Tensor]
     if packed_EOI.device.type != "npu":
         return packed_EOI, scale_EOS
     value_EIO = int4_values(packed_EOI).transpose(1, 2)
-    pack = torch.ops.npu.npu_convert_weight_to_int4pack
-    packed = torch.stack([pack(one.contiguous(), inner_k_tiles=0) for one in value_EIO])
+    pack = _npu().npu_convert_weight_to_int4pack
+    packed = torch.stack([pack(one.contiguous(), 0) for one in value_EIO])
     return packed, scale_EOS.transpose(1, 2).contiguous()
 
 
@@ -130,6 +130,9 @@ def _nz(weight: Tensor) -> Tensor:
     import torch_npu
 
     torch_npu.npu.config.allow_internal_format = True
-    cast: Any = torch_npu.npu_format_cast
-    result: Tensor = cast(weight.contiguous(), NZ)
+    result: Tensor = _npu().npu_format_cast(weight.contiguous(), NZ)
     return result
+
+
+def _npu() -> Any:
+    return torch.ops.npu

@@ -143,8 +143,8 @@ def grouped(x_MI: Tensor, weight_EIO: Tensor, counts_E: Tensor, **quantised: Any
 def combine_rows(rows_MH: Tensor, row_M: Tensor, weight_TK: Tensor, all_here: bool) -> Tensor:
     """Sum each token's rows by its weights, in fp32; unless ``all_here``, a row may be -1, which adds nothing."""
     if not all_here:
-        # The op leaves out a slot only if its weight is 0 and its row lies beyond the last. No row is sure to have been
-        # written, and 0 · NaN is NaN: so neither |-1| nor 0 will do.
+        # The op leaves out a row beyond the last (and, in newer releases, one of weight 0). No row is sure to have been
+        # written, and 0 · NaN is NaN: so |-1| will not do.
         elsewhere_M = row_M < 0
         row_M = row_M.masked_fill(elsewhere_M, rows_MH.shape[0])
         weight_TK = weight_TK.masked_fill(elsewhere_M.view_as(weight_TK), 0.0)

@@ -1,13 +1,16 @@
 #!/usr/bin/env bash
 # Check everything, in the environment that serve/env.sh makes:
-#   tests/run.sh            all tests (the same as `tests/run.sh all`), ruff and mypy
-#   tests/run.sh quick      ruff, mypy and the tests that start no engine
-#   tests/run.sh ARGUMENT…  only pytest, with these arguments
+#   tests/run.sh                all tests (the same as `tests/run.sh all`), ruff and mypy
+#   tests/run.sh quick          ruff, mypy and the tests that start no engine
+#   tests/run.sh npu ARGUMENT…  only the tests on emulated Ascend cards
+#   tests/run.sh ARGUMENT…      only pytest, with these arguments
 
 # shellcheck source=serve/env.sh
 source "$(dirname -- "$(readlink -f -- "${BASH_SOURCE[0]}")")/../serve/env.sh"
 use_environment serve test
 cd -- "$ROOT"
+
+on_npu() { "$ENV_PYTHON" -m ascend.emulator -- "$ENV_PYTHON" -m pytest tests/npu "$@"; }
 
 case ${1:-all} in
 all | quick)
@@ -19,10 +22,13 @@ all | quick)
   select=()
   [[ ${1:-all} == quick ]] && select=(-m "not slow")
   status=0
-  "$ENV_PYTHON" -m pytest "${select[@]}" || status=$?
+  # On emulated cards in a process of their own: torch_npu changes torch for all that run beside it.
+  on_npu "${select[@]}" || failed+=("tests/npu")
+  "$ENV_PYTHON" -m pytest --ignore tests/npu "${select[@]}" || status=$?
   # pytest's line stays the last one of a good run; a bad one says all that is bad.
   [[ ${#failed[@]} -eq 0 ]] || { printf 'failed: %s\n' "${failed[@]}" >&2 && exit $((status ? status : 1)); }
   exit "$status"
   ;;
+npu) on_npu "${@:2}" ;;
 *) exec "$ENV_PYTHON" -m pytest "$@" ;;
 esac

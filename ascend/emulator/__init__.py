@@ -5,3 +5,12 @@ In: any Python program, started by ``python -m ascend.emulator -- COMMAND``. Out
 `runtime.py` (the C runtime under torch_npu), `dispatch.py` (every op computed on the CPU over the same memory),
 `kernels/` (what the `npu` ops do, from the documentation of the device), `graphs.py` and `communicator.py`.
 """
+
+from __future__ import annotations
+
+import os
+
+
+def active() -> bool:
+    """Whether this process runs under the emulator: its `npu` devices are no cards."""
+    return os.environ.get("ASCEND_EMULATOR") == "1"

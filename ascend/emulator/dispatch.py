@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_iter, tree_map_only
 
 from ascend.emulator import graphs, log, memory
-from ascend.emulator.kernels import KERNELS
+from ascend.emulator.kernels import KERNELS, attention
 from ascend.emulator.limits import Refused
 
 FP8 = {dtype for name in dir(torch) if isinstance(dtype := getattr(torch, name), torch.dtype) and "float8" in name}
@@ -38,7 +38,13 @@ NATIVE = {
     "view_as_real",
     "view_as_complex",
 }
-NATIVE_NPU = {"empty_with_format", "unsafe_empty_with_format", "get_npu_format", "get_storage_size"}
+NATIVE_NPU = {
+    "empty_with_format",
+    "unsafe_empty_with_format",
+    "get_npu_format",
+    "get_storage_size",
+    f"_{attention.OP}_infer_output",
+}
 ALLOCATING = ("empty.memory_format", "empty_strided")
 # Ops whose result's shape or Python value depends on what the tensors hold: the host waits for the device.
 SYNCHRONISING = {
@@ -55,7 +61,12 @@ SYNCHRONISING = {
 BETWEEN_DEVICES = {"copy_", "_copy_from", "_copy_from_and_resize", "_to_copy"}
 COMPOSITE = ("CompositeImplicitAutograd", "CompositeExplicitAutograd", "CompositeExplicitAutogradNonFunctional")
 
-COMPUTED: dict[str, Callable[..., Any]] = KERNELS | {"npu::npu_format_cast": memory.npu_format_cast}
+COMPUTED: dict[str, Callable[..., Any]] = KERNELS | {
+    "npu::npu_format_cast": memory.npu_format_cast,
+    f"npu::{attention.OP}.out": attention.into,
+}
+# Not recorded in a graph: what it returns is only handed on. No kernel here needs the memory.
+WORKSPACE = f"npu::_{attention.OP}_get_max_workspace"
 
 _libraries: dict[str, torch.library.Library] = {}
 
@@ -148,6 +159,8 @@ class _Kernel:
         ]
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if self.name == WORKSPACE:
+            return torch.empty(0, dtype=torch.uint8, device=args[0].device)
         if self.compute is None:
             raise Refused(f"{self.name}: the emulator has no kernel for it (ascend/emulator/kernels)")
         tensors = [one for one in tree_iter((args, kwargs)) if isinstance(one, Tensor)]

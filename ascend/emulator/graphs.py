@@ -23,27 +23,25 @@ from ascend.emulator.limits import Refused
 
 @dataclass
 class Task:
-    """One op of a graph: what to compute, on which memory, and where its results go."""
+    """One op of a graph: what to compute, on which memory, and where its results go (None: it writes them itself)."""
 
     kernel: Any
     args: Any
     kwargs: Any
-    results: list[Tensor]
+    results: list[Tensor] | None
 
     def run(self) -> None:
         """Compute again over the memory that was captured."""
         log.op(self.kernel.name)
         computed = _tensors(self.kernel.compute(*self.args, **self.kwargs))
-        fresh = [
-            one for one, position in zip(computed, self._positions(len(computed)), strict=True) if position is None
-        ]
+        if self.results is None:
+            return
+        # A result that is a written argument was written where it is.
+        returned = self.kernel.returned if len(self.kernel.returned) == len(computed) else [None] * len(computed)
+        fresh = [one for one, position in zip(computed, returned, strict=True) if position is None]
         for place, value in zip(self.results, fresh, strict=True):
             if place.numel():
                 place.copy_(value)
-
-    def _positions(self, count: int) -> list[int | None]:
-        positions = list(self.kernel.returned)
-        return positions if len(positions) == count else [None] * count
 
 
 @dataclass
@@ -89,8 +87,10 @@ def _runtime() -> ctypes.CDLL:
 
 def record(kernel: Any, args: Any, kwargs: Any, device: torch.device) -> Any:
     """Put an op on the tape; return results that have a shape and, until a replay, no values."""
-    global _update
     host_args, host_kwargs = kernel.on_host(args, kwargs)
+    if "out" in kwargs:  # an npu op of this form writes there, whatever its schema says
+        _put(Task(kernel, host_args, host_kwargs, None))
+        return tuple(kwargs["out"])
     meta_args, meta_kwargs = tree_map_only(Tensor, _shape_alone, (args, kwargs))
     if meta_kwargs.get("device") is not None:
         meta_kwargs["device"] = torch.device("meta")
@@ -99,7 +99,12 @@ def record(kernel: Any, args: Any, kwargs: Any, device: torch.device) -> Any:
     returned = kernel.results(results, args, kwargs, torch.device("cpu"))  # written arguments return themselves
     given = {id(one) for one in _tensors((args, kwargs))}
     fresh = [memory.alias(one) for one in _tensors(returned) if id(one) not in given]
-    task = Task(kernel, host_args, host_kwargs, fresh)
+    _put(Task(kernel, host_args, host_kwargs, fresh))
+    return returned
+
+
+def _put(task: Task) -> None:
+    global _update
     if _update is not None:
         tape, position = _update
         tape.tasks[position] = task
@@ -107,7 +112,6 @@ def record(kernel: Any, args: Any, kwargs: Any, device: torch.device) -> Any:
     else:
         assert _capture is not None, "the caller asked `capturing`"
         _capture.tasks.append(task)
-    return returned
 
 
 def _tensors(tree: Any) -> list[Tensor]:

@@ -35,6 +35,7 @@ void emulator_set_hooks(GraphHook graphs, CollectiveHook collectives) {
 
 int emulator_unsupported(const char *name) {
   snprintf(message, sizeof message, "the emulated CANN runtime has no %s", name);
+  if (getenv("ASCEND_EMULATOR_TRACE")) fprintf(stderr, "emulator: %s\n", message); /* torch_npu takes some as a hint */
   return UNSUPPORTED;
 }
 
@@ -114,7 +115,9 @@ int aclrtEventElapsedTime(float *ms, void *start, void *end) {
   *ms = (b->tv_sec - a->tv_sec) * 1e3f + (b->tv_nsec - a->tv_nsec) * 1e-6f;
   return OK;
 }
-static int synchronise(const char *what) { return tell(what, NULL, NULL) ? emulator_unsupported(what) : OK; }
+static int synchronise(const char *what) {
+  return tell(what, NULL, NULL) ? emulator_fail("the host cannot wait for the device while a graph is captured") : OK;
+}
 int aclrtSynchronizeStream(void *stream) { return synchronise("aclrtSynchronizeStream"); }
 int aclrtSynchronizeStreamWithTimeout(void *stream, int timeout) { return synchronise("aclrtSynchronizeStream"); }
 int aclrtSynchronizeDevice(void) { return synchronise("aclrtSynchronizeDevice"); }

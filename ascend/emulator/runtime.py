@@ -49,6 +49,7 @@ def environment(home: Path) -> dict[str, str]:
     """Return the variables that point torch_npu, the dynamic linker and `ascend.devices` at a stand-in."""
     inherited = os.environ.get("LD_LIBRARY_PATH")
     return {
+        "ASCEND_EMULATOR": "1",
         "ASCEND_HOME_PATH": str(home / "cann"),
         "ASCEND_OPP_PATH": str(home / "cann" / "opp"),
         "ASCEND_DEV": str(home / "dev"),

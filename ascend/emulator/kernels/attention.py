@@ -6,6 +6,8 @@ key-value heads, D head_dim.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -181,3 +183,11 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, 
         out = out.masked_fill(mask.all(-1)[:, None], 0.0)
     lse = best + total.log()
     return out.flatten(0, 1).transpose(0, 1).to(q.dtype), lse.flatten(0, 1).transpose(0, 1)
+
+
+def into(*arguments: Any, workspace: Tensor | None = None, out: list[Tensor], **keywords: Any) -> tuple[Tensor, ...]:
+    """The overload ``.out``, which graph capture uses: writes the two results into ``out``."""
+    for place, result in zip(out, npu_fused_infer_attention_score(*arguments, **keywords), strict=True):
+        if place.numel():
+            place.copy_(result)
+    return tuple(out)

@@ -44,14 +44,14 @@ def npu_moe_token_unpermute(
     require_nd(op, permuted_tokens=permuted_tokens, probs=probs)
     rows, H = permuted_tokens.shape
     if probs is None:
-        index_TK = sorted_indices.long().view(-1, 1)
+        index_TK = sorted_indices.long().reshape(-1, 1)
         prob_TK = torch.ones(index_TK.shape)
     else:
         require_dtype(op, "probs", probs, *FLOATS)
         require_dim(op, "probs", probs, 2)
         require(0 < probs.shape[1] <= 512, op, f"{probs.shape[1]} experts per token; the device takes 1 to 512")
         require(probs.numel() == sorted_indices.numel(), op, "probs and sorted_indices differ in length")
-        index_TK = sorted_indices.long().view(probs.shape)
+        index_TK = sorted_indices.long().reshape(probs.shape)
         prob_TK = probs.float()
     taken_TK = (prob_TK != 0) & (index_TK < rows)
     require(not bool((taken_TK & (index_TK < 0)).any()), op, "a negative index has a probability other than 0")

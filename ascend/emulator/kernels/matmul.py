@@ -120,13 +120,14 @@ def npu_grouped_matmul(
 
 def _weights(weight: list[Tensor]) -> list[Tensor]:
     """One ``[K, N]`` (int4: ``[K, N/8]``) per expert, of a single 3-D tensor or up to 128 2-D ones."""
+    require(len(weight) > 0, OP, "weight is an empty list")
     require_dtype(OP, "weight", weight[0], *FLOATS, torch.int8, torch.int32)
     require(len({(w.dtype, format_of(w), transposed(w)) for w in weight}) == 1, OP, "the weights differ in kind")
     for w in weight:
         require(w.is_contiguous() or transposed(w), OP, "weight is neither contiguous nor the transpose of such")
         require(w.is_contiguous() or (format_of(w) == ND and w.dtype != torch.int32), OP, "weight is transposed")
     if len(weight) == 1 and weight[0].dim() == 3:
-        require(weight[0].shape[0] <= 1024, OP, f"{weight[0].shape[0]} groups; the device takes at most 1024")
+        require(0 < weight[0].shape[0] <= 1024, OP, f"{weight[0].shape[0]} groups; the device takes 1 to 1024")
         return list(weight[0])
     require(len(weight) <= 128, OP, f"{len(weight)} weights; the device takes lists of at most 128")
     for w in weight:

@@ -136,7 +136,7 @@ def npu_grouped_matmul_swiglu_quant_v2(
 
     The weight must lie in FRACTAL_NZ: the device reads any other as if it did. Rows past the last group are unwritten.
     ``group_list_type`` 0 is cumulative, 1 counts. Covered is A8W8. ``dequant_dtype`` fp32 is 0 on the op's page and 6
-    in the 2.13.0 meta kernel, ``quant_dtype`` int8 is 0 on the page and 1 there; both are taken.
+    as a torch dtype: op-plugin takes both, the 2.13.0 meta kernel 6 alone. ``quant_dtype`` int8: 0 there, 1 here.
     """
     op = "npu_grouped_matmul_swiglu_quant_v2"
     require_absent(op, smooth_scale=smooth_scale, weight_assist_matrix=weight_assist_matrix or None, bias=bias)

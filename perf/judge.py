@@ -1,0 +1,150 @@
+"""The verdict of `perf parity`: numbers in, PASS or FAIL out, with the reason and the likely cause. No tensors here.
+
+Each layer is judged alone, on the same input on both sides, so that nothing accumulates. A choice of experts may differ
+where the router's scores all but tie; what comes after such a flip is judged loosely, everything else strictly.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What two correct implementations may differ by; see `LIMITS`.
+
+    part: a layer's attention, its MLP, or the stream after it; largest |Δ| / (|a| + root mean square of the token).
+    gain: the regression slope of Δ on a: rounding averages out in it, a factor that is wrong stays.
+    scores: the router's biased scores, |Δ|. weights: those of the chosen experts, |Δ| / a.
+    logits: |Δ| in standard deviations of a position's logits, with nothing flipped before it.
+    kl: the same positions, KL(a‖b) in nats. loose_kl: the mean over all positions, those after a flip among them.
+    """
+
+    part: float
+    gain: float
+    scores: float
+    weights: float
+    logits: float
+    kl: float
+    loose_kl: float
+
+
+LIMITS: dict[str, Limits] = {}
+
+
+@dataclass(frozen=True)
+class LayerNumbers:
+    """How one layer differs between two sides that got the same input; the quantities of `Limits`.
+
+    stream, mlp and mlp_gain are over the tokens whose experts agree. first: `attention` at position 0 of the rows.
+    flips: tokens whose experts differ; unexplained: those of them that are no near-tie in a's scores; misrouted: tokens
+    where b took experts that its own scores do not choose.
+    """
+
+    name: str
+    stream: float
+    attention: float = 0.0
+    attention_gain: float = 0.0
+    first: float = 0.0
+    mlp: float = 0.0
+    mlp_gain: float = 0.0
+    scores: float = 0.0
+    weights: float = 0.0
+    flips: int = 0
+    unexplained: int = 0
+    misrouted: int = 0
+
+
+@dataclass(frozen=True)
+class LogitNumbers:
+    """How logits differ over some positions.
+
+    delta: largest |Δ| in standard deviations of a's logits. top1, top5: shares of positions whose best token agrees,
+    and of the best five that are shared. margin: a's lead of its best token, where b's is another; the largest.
+    """
+
+    positions: int
+    delta: float = 0.0
+    kl_mean: float = 0.0
+    kl_max: float = 0.0
+    top1: float = 1.0
+    top5: float = 1.0
+    margin: float = 0.0
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """All numbers of two sides. ``clean`` are the positions of ``whole`` or ``decode`` before any flip of their row."""
+
+    embedding: float
+    layers: list[LayerNumbers]
+    head: LogitNumbers
+    whole: LogitNumbers
+    whole_clean: LogitNumbers
+    decode: LogitNumbers
+    decode_clean: LogitNumbers
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """``passed``, or the reasons why not in the order of the computation, and what the first of them points at."""
+
+    reasons: list[str] = field(default_factory=list)
+    cause: str | None = None
+
+    @property
+    def passed(self) -> bool:
+        """Whether nothing was out of its limit."""
+        return not self.reasons
+
+
+def judge(numbers: Comparison, limits: Limits) -> Verdict:
+    """Hold all numbers against the limits; what is not a number is out of every limit."""
+    found: list[tuple[str, str]] = []
+    if numbers.embedding != 0:
+        found.append((f"embedding: differs by {numbers.embedding:.2g}", "weights of the embedding, or the token ids"))
+    for layer in numbers.layers:
+        found += [(f"{layer.name}: {what}", cause) for what, cause in judge_layer(layer, limits)]
+    found += [(f"head: {what}", "final norm or head") for what in _judge_logits(numbers.head, limits)]
+    for name, clean, everything in (
+        ("whole pass", numbers.whole_clean, numbers.whole),
+        ("decode", numbers.decode_clean, numbers.decode),
+    ):
+        cause = f"what only the {name} does: cache, mask, or how layers are chained"
+        found += [(f"{name}: {what}", cause) for what in _judge_logits(clean, limits)]
+        if not everything.kl_mean <= limits.loose_kl:
+            found.append((f"{name}: mean KL {everything.kl_mean:.2g}, limit {limits.loose_kl:.2g}", cause))
+    return Verdict([what for what, _ in found], found[0][1] if found else None)
+
+
+def judge_layer(layer: LayerNumbers, limits: Limits) -> list[tuple[str, str]]:
+    """Return what is out of its limit in one layer, each with its likely cause, in the order of the computation."""
+    attention = "attention or its weights"
+    if layer.first <= limits.part:
+        attention = "positions: attention agrees at position 0 alone (rotary embedding, mask, or slots)"
+    rows = (
+        ("attention", layer.attention, limits.part, attention),
+        ("attention's size", layer.attention_gain, limits.gain, attention),
+        ("router scores", layer.scores, limits.scores, "the router's weight, bias or input"),
+        ("misrouted tokens", layer.misrouted, 0, "how the router chooses: groups, bias, top-k"),
+        ("unexplained flips", layer.unexplained, 0, "how the router chooses: groups, bias, top-k"),
+        ("routing weights", layer.weights, limits.weights, "routed_scaling_factor or norm_topk_prob"),
+        ("MLP", layer.mlp, limits.part, "the experts or the MLP, or their weights: routing agrees"),
+        ("MLP's size", layer.mlp_gain, limits.gain, "the experts or the MLP, or their weights: routing agrees"),
+        ("stream", layer.stream, limits.part, "the residual additions or a norm"),
+    )
+    return [
+        (f"{what} {value:.2g}, limit {limit:.2g}", cause)
+        for what, value, limit, cause in rows
+        if not abs(value) <= limit
+    ]
+
+
+def _judge_logits(clean: LogitNumbers, limits: Limits) -> list[str]:
+    rows = (
+        ("logits differ by {} standard deviations", clean.delta, limits.logits),
+        ("KL {}", clean.kl_max, limits.kl),
+        # Two logits may each move by the limit, so a lead of twice that may turn; a larger one may not.
+        ("another best token where a's lead is {}", clean.margin, 2 * limits.logits),
+    )
+    return [f"{what.format(f'{value:.2g}')}, limit {limit:.2g}" for what, value, limit in rows if not value <= limit]

@@ -1,0 +1,208 @@
+"""What a model computes of a few prompts, recorded as named tensors: the whole pass, each layer alone, decode steps.
+
+Each layer is run alone on given residual streams (another side's, or the model's own), so that two sides compute every
+layer from the same input.
+
+Shapes: B rows of a batch, T its padded length, N real tokens of all batches, row by row, H hidden_size, E experts,
+K experts per token, L decoder layers with a router, V vocabulary, R rows of all batches, D decode steps. The tensors:
+
+- ``row``, ``position``, ``token`` int64 ``[N]``; ``stream.I`` ``[N, H]`` before layer I; ``hidden`` after the norm;
+- ``layer.I.attention``, ``.mlp``, ``.stream`` ``[N, H]`` of layer I alone; with a router ``.experts`` and ``.weights``
+  ``[N, K]`` as it chose, ``.scores`` fp32 ``[N, E]`` computed again from its input. MTP layers come after the decoder
+  layers, with the draft as ``.stream``; ``head`` ``[N, V]`` are norm and head alone;
+- ``logits`` ``[N, V]`` and ``experts`` ``[N, L, K]`` of the whole pass;
+- ``prefill.experts`` as ``experts``, ``decode.tokens`` ``[R, D]``, ``decode.logits`` ``[R, D + 1, V]`` and
+  ``decode.experts`` ``[R, D, L, K]`` of the lean engine.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import ops
+from ascend.cache import TransientCache
+from ascend.generation import Decoder
+from ascend.model import BailingMoeV2ForCausalLM, Gate, MTPLayer, Step
+
+Tensors = Mapping[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Rows that go through the model together: int64 ``[B, T]``, the first ``start_B`` slots of a row padding."""
+
+    ids_BT: Tensor
+    start_B: Tensor
+
+    @property
+    def real_BT(self) -> Tensor:
+        """Where there is a token, bool ``[B, T]``."""
+        return torch.arange(self.ids_BT.shape[1]) >= self.start_B[:, None]
+
+    @property
+    def position_BT(self) -> Tensor:
+        """Positions ``[B, T]``; 0 in the padding."""
+        return (torch.arange(self.ids_BT.shape[1]) - self.start_B[:, None]).clamp(min=0)
+
+
+def random_batches(vocab_size: int, rows: int, length: int, seed: int) -> list[Batch]:
+    """Random prompts: so many full rows, and one row alone that is padded on the left for a third of its length.
+
+    Two batches, since a device attends with a mask where a row is padded, and without one where none is.
+    """
+    ids = torch.randint(vocab_size, (rows + 1, length), generator=torch.Generator().manual_seed(seed))
+    padding = length // 3
+    ids[rows, :padding] = 0
+    full = Batch(ids[:rows], torch.zeros(rows, dtype=torch.int64))
+    return [full, Batch(ids[rows:], torch.tensor([padding]))]
+
+
+@torch.inference_mode()
+def trace(
+    model: BailingMoeV2ForCausalLM, batches: Sequence[Batch], decode: int, like: Tensors | None = None
+) -> dict[str, Tensor]:
+    """Return all tensors of the head of this file, on the CPU.
+
+    ``like`` is a trace of the same tokens, however batched: the layers get its streams, the decode steps its tokens.
+    """
+    parts: dict[str, list[Tensor]] = defaultdict(list)
+    rows, tokens = 0, 0
+    for batch in batches:
+        real = batch.real_BT
+        row_BT = (rows + torch.arange(len(real)))[:, None].expand_as(real)
+        made = {"row": row_BT[real], "position": batch.position_BT[real], "token": batch.ids_BT[real]}
+        made |= _whole_pass(model, batch)
+        given: Tensors = made
+        if like is not None:
+            given = {name: tensor[tokens : tokens + len(made["row"])] for name, tensor in like.items()}
+        made |= _each_layer(model, batch, given)
+        made |= _decode(model, batch, decode, None if like is None else like["decode.tokens"][rows : rows + len(real)])
+        for name, tensor in made.items():
+            parts[name].append(tensor)
+        rows, tokens = rows + len(real), tokens + len(made["row"])
+    return {name: torch.cat(one) for name, one in parts.items()}
+
+
+def _whole_pass(model: BailingMoeV2ForCausalLM, batch: Batch) -> dict[str, Tensor]:
+    real, streams = batch.real_BT, list[Tensor]()
+    with _tapped(_decoder_layers(model)) as seen:
+        embedding_BTH = model.model.word_embeddings(batch.ids_BT.to(model.device))
+        hidden_BTH = model.model(embedding_BTH, _step(model, batch), streams)
+    made = {f"stream.{index}": _host(stream_BTH)[real] for index, stream_BTH in enumerate(streams)}
+    made |= {"hidden": _host(hidden_BTH)[real], "logits": _host(model.logits(hidden_BTH))[real]}
+    return made | {"experts": _experts(seen, real)}
+
+
+def _each_layer(model: BailingMoeV2ForCausalLM, batch: Batch, given: Tensors) -> dict[str, Tensor]:
+    real, step, depth = batch.real_BT, _step(model, batch), model.config.num_hidden_layers
+    made: dict[str, Tensor] = {}
+
+    def placed(x_NH: Tensor) -> Tensor:
+        x_BTH = torch.zeros((*real.shape, x_NH.shape[-1]), dtype=model.dtype)
+        x_BTH[real] = x_NH.to(model.dtype)
+        return x_BTH.to(model.device)
+
+    ids_BT, hidden_NH = batch.ids_BT, given["hidden"]
+    for index, layer in enumerate(model.model.layers):
+        with _tapped([layer]) as (seen,):
+            if isinstance(layer, MTPLayer):
+                ids_BT = F.pad(ids_BT[:, 1:], (0, 1))  # as `mtp_logits` does
+                embedding_BTH = model.model.word_embeddings(ids_BT.to(model.device))
+                stream_BTH = layer.draft(embedding_BTH, placed(hidden_NH), step)
+            else:
+                out_BTH, residual_BTH = layer(placed(given[f"stream.{index}"]), None, step)
+                stream_BTH = out_BTH + residual_BTH
+        seen["stream"] = _host(stream_BTH)
+        made |= {f"layer.{index}.{name}": x.view(*real.shape, -1)[real] for name, x in seen.items()}
+        if isinstance(layer, MTPLayer):
+            hidden_NH = given.get(f"layer.{index}.stream", made[f"layer.{index}.stream"])
+    last_BTH = ops.rms_norm(placed(given[f"stream.{depth}"]), model.model.norm.weight, model.model.eps)
+    return made | {"head": _host(model.logits(last_BTH))[real]}
+
+
+def _decode(model: BailingMoeV2ForCausalLM, batch: Batch, steps: int, given_BD: Tensor | None) -> dict[str, Tensor]:
+    B = len(batch.ids_BT)
+    mask = batch.real_BT.to(model.device) if bool(batch.start_B.any()) else None
+    decoder = Decoder(model, batch.ids_BT.to(model.device), mask, steps)
+    with _tapped(_decoder_layers(model)) as seen:
+        logits = [_host(decoder.prefill())]
+        prefill = _experts(seen, batch.real_BT)
+        tokens, experts = [], []
+        for done in range(steps):
+            tokens.append(logits[-1].argmax(-1) if given_BD is None else given_BD[:, done])
+            logits.append(_host(decoder.step(tokens[-1].to(model.device))))
+            experts.append(_experts(seen, torch.ones(B, 1, dtype=torch.bool)))
+    return {
+        "prefill.experts": prefill,
+        "decode.tokens": torch.stack(tokens, 1) if steps else torch.zeros((B, 0), dtype=torch.int64),
+        "decode.logits": torch.stack(logits, 1),
+        "decode.experts": torch.stack(experts, 1) if steps else prefill.new_zeros((B, 0, *prefill.shape[1:])),
+    }
+
+
+def _decoder_layers(model: BailingMoeV2ForCausalLM) -> Iterable[nn.Module]:
+    return list(model.model.layers)[: model.config.num_hidden_layers]
+
+
+def _step(model: BailingMoeV2ForCausalLM, batch: Batch) -> Step:
+    """Make what the model makes of the ids and a mask when it is called."""
+    device, (B, T) = model.device, batch.ids_BT.shape
+    cache = TransientCache(model.model.kv_heads, model.config.head_dim, B, torch.arange(T, device=device))
+    lengths = None if bool(batch.start_B.any()) else [T] * B
+    return model.model.step(
+        batch.position_BT.to(device), batch.start_B.to(device), cache.written_B, cache, lengths
+    )
+
+
+@contextmanager
+def _tapped(layers: Iterable[nn.Module]) -> Iterator[list[dict[str, Tensor]]]:
+    """Per layer, what its modules gave in their last call; tokens are not yet sorted out of the padding."""
+    seen: list[dict[str, Tensor]] = []
+    handles = []
+    for layer in layers:
+        tensors: dict[str, Tensor] = {}
+        seen.append(tensors)
+        for name, module in layer.named_modules():
+            if isinstance(module, Gate):
+                handles.append(module.register_forward_hook(_gate_hook(tensors)))
+            elif name in ("attention", "mlp"):
+                handles.append(module.register_forward_hook(_output_hook(tensors, name)))
+    try:
+        yield seen
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _output_hook(tensors: dict[str, Tensor], name: str) -> Any:
+    def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        tensors[name] = _host(output)
+
+    return hook
+
+
+def _gate_hook(tensors: dict[str, Tensor]) -> Any:
+    def hook(gate: Gate, inputs: tuple[Tensor, ...], output: tuple[Tensor, Tensor]) -> None:
+        logit_TE = F.linear(_host(inputs[0]).float(), _host(gate.weight).float())
+        tensors["scores"] = torch.sigmoid(logit_TE) + _host(gate.expert_bias).float()
+        tensors["weights"], tensors["experts"] = _host(output[0]), _host(output[1]).to(torch.int64)
+
+    return hook
+
+
+def _experts(seen: Iterable[dict[str, Tensor]], real_BT: Tensor) -> Tensor:
+    """``[tokens, L, K]``; L is 0 in a model without routers."""
+    chosen = [tensors["experts"][real_BT.flatten()] for tensors in seen if "experts" in tensors]
+    return torch.stack(chosen, 1) if chosen else torch.zeros((int(real_BT.sum()), 0, 1), dtype=torch.int64)
+
+
+def _host(x: Tensor) -> Tensor:
+    return x.detach().to("cpu", copy=True)

@@ -1,0 +1,93 @@
+"""Captured graphs on the emulated cards, through the real `torch.npu.NPUGraph`."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from ascend.devices import get_device
+from ascend.devices.base import Replay
+from ascend.emulator import log
+
+CARD = "npu:0"
+
+
+def captured(function: object) -> Replay[Tensor]:
+    replay = get_device("npu").capture(function)  # type: ignore[arg-type,type-var]
+    assert isinstance(replay, Replay)
+    return replay
+
+
+def test_a_replay_does_again_what_was_captured_with_what_is_there_now() -> None:
+    x, total = torch.ones(3, device=CARD), torch.zeros(3, device=CARD)
+
+    def step() -> Tensor:
+        total.add_(x)
+        return total * 2
+
+    replay = captured(step)
+    total.zero_()  # warm-ups ran
+    for i in range(1, 4):
+        x.fill_(float(i))
+        with log.recording() as seen:
+            result = replay()
+        assert seen.ops == ["graph::replay", "aten::add_.Tensor", "aten::mul.Tensor"]
+        assert result.tolist() == [2.0 * sum(range(1, i + 1))] * 3
+
+
+def test_a_captured_op_does_not_run() -> None:
+    x, graph = torch.ones(2, device=CARD), torch.npu.NPUGraph()
+    with torch.npu.graph(graph):
+        y = x + 1
+        x.mul_(5)
+    assert x.tolist() == [1.0, 1.0]
+    assert y.isnan().all()
+    graph.replay()
+    assert (x.tolist(), y.tolist()) == ([5.0, 5.0], [2.0, 2.0])
+
+
+def test_results_stay_where_they_are_and_keep_their_memory() -> None:
+    x = torch.ones(4, device=CARD)
+    replay = captured(lambda: (x + 1) * 3)
+    first = replay()
+    address = first.data_ptr()
+    others = [torch.full((4,), float(i), device=CARD) for i in range(50)]
+    x.fill_(2.0)
+    assert replay().data_ptr() == address
+    assert first.tolist() == [9.0] * 4
+    assert [other[0].item() for other in others] == list(range(50))
+
+
+@pytest.mark.parametrize("wait", ["item", "nonzero", "copy", "synchronize"])
+def test_nothing_may_wait_for_the_device_while_capturing(wait: str) -> None:
+    x, graph = torch.ones(2, device=CARD), torch.npu.NPUGraph()
+    call = {
+        "item": lambda: x[0].item(),
+        "nonzero": lambda: x.nonzero(),
+        "copy": lambda: x.cpu(),
+        "synchronize": lambda: torch.npu.synchronize(),
+    }[wait]
+    with pytest.raises(RuntimeError, match="while a graph is captured"), torch.npu.graph(graph):
+        call()
+    assert (x + 1).tolist() == [2.0, 2.0]  # the capture is over
+
+
+def attention(q: Tensor, k: Tensor, lengths: list[int]) -> Tensor:
+    return torch.ops.npu.npu_fused_infer_attention_score(
+        q, k, k, num_heads=2, num_key_value_heads=1, scale=0.1, input_layout="BSND", actual_seq_lengths_kv=lengths
+    )[0]
+
+
+def test_lengths_of_a_captured_attention_can_be_replaced() -> None:
+    """torch_npu records attention as a task group, whose host lengths `update` replaces before a replay."""
+    q = torch.randn(1, 1, 2, 64, device=CARD).bfloat16()
+    k = torch.randn(1, 9, 1, 64, device=CARD).bfloat16()
+    attention(q, k, [9])
+    graph = torch.npu.NPUGraph()
+    with torch.npu.graph(graph, auto_dispatch_capture=True):
+        out = attention(q, k, [3]) * 2
+    for length in (3, 7, 9):
+        graph.update(cpu_update_input=[{"actual_seq_lengths_kv": [length]}])
+        graph.replay()
+        assert torch.equal(out.cpu(), (attention(q, k, [length]) * 2).cpu())
