@@ -29,6 +29,7 @@ from ascend.rope import Rope, cos_sin
 from ascend.weights import MLP, Experts, Weight
 from ops import layout
 from ops.layout import StepLayout
+from ops.placement import Placement, physical
 
 # Arguments of `from_pretrained` that would change the model; all others that transformers knows change how it loads.
 NOT_IGNORED = {"quantization_config", "load_in_8bit", "load_in_4bit", "state_dict", "key_mapping", "tp_plan"}
@@ -109,11 +110,11 @@ class MoE(nn.Module):
 
     def __init__(self, config: BailingMoeV2Config, parallel: Parallel) -> None:
         super().__init__()
-        slots = parallel.local_slots(config.num_experts)
-        total = len(parallel.slots) or config.num_experts
+        slots, total = parallel.local_slots(config.num_experts), parallel.slots(config.num_experts)
         width = len(parallel.expert_width(config.moe_intermediate_size))
         shared_width = len(parallel.share(config.shared_intermediate_size))
         self.parallel, self.mixture = parallel, parallel.mixture(config.num_experts)
+        self.copies: tuple[Tensor, Tensor] | None = None  # where each expert's slots are, if not simply in order
         self.gate = Gate(config)
         self.experts = Experts(len(slots), config.hidden_size, width, slots.start, total)
         self.shared_experts = MLP(config.hidden_size, shared_width) if shared_width else None
@@ -122,8 +123,16 @@ class MoE(nn.Module):
         """``[B, T, H]`` → ``[B, T, H]``."""
         x_TH = x_BTH.flatten(0, -2)
         weight_TK, expert_TK = self.gate(x_TH)
+        if self.parallel.placement is not None:
+            expert_TK = self._slots_of(self.parallel.placement, expert_TK)
         shared_TH = None if self.shared_experts is None else self.shared_experts(x_TH)
         return self.parallel.mix(self.mixture, x_TH, weight_TK, expert_TK, self.experts, shared_TH).view_as(x_BTH)
+
+    def _slots_of(self, placement: Placement, expert_TK: Tensor) -> Tensor:
+        """Turn experts into slots: which copy a token goes to depends on its place in the step."""
+        if self.copies is None or self.copies[0].device != expert_TK.device:
+            self.copies = placement.table(expert_TK.device)
+        return physical(expert_TK, *self.copies, 0 if self.parallel.replicated else self.parallel.world.rank)
 
 
 class DecoderLayer(nn.Module):

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from ascend.errors import UserError
 from ops.expert_parallel import ExpertParallel
+from ops.placement import Placement
 from ops.process_group import Group
 
 if TYPE_CHECKING:
@@ -31,14 +32,14 @@ if TYPE_CHECKING:
 class Parallel:
     """The groups of a rank; ``Parallel()`` is one process alone.
 
-    slots: the expert that each slot holds, of all ranks, as `ops.placement` gives them; empty for each expert once, in
-    order. strategy: how tokens and experts meet, a name of `ops.expert_parallel.STRATEGIES` or "auto".
+    placement: which expert each slot holds, on as many ranks as there are blocks (`ops.placement`); None: each expert
+    once, in order. strategy: how tokens and experts meet, a name of `ops.expert_parallel.STRATEGIES` or "auto".
     """
 
     world: Group = field(default_factory=Group)
     tensor: Group = field(default_factory=Group)
     experts: int = 1
-    slots: tuple[int, ...] = ()
+    placement: Placement | None = None
     strategy: str = "auto"
     facts: DeviceFacts | None = None
 
@@ -48,7 +49,7 @@ class Parallel:
         world: Group,
         tensor: int,
         experts: int,
-        slots: tuple[int, ...] = (),
+        placement: Placement | None = None,
         strategy: str = "auto",
         facts: DeviceFacts | None = None,
     ) -> Parallel:
@@ -61,7 +62,7 @@ class Parallel:
                 raise UserError(f"{name}={part} does not divide the {world.size} ranks")
         parts = [range(first, first + tensor) for first in range(0, world.size, tensor)]
         group = world.split(parts) if world.size > 1 else world
-        return cls(world, group, experts, slots, strategy, facts)
+        return cls(world, group, experts, placement, strategy, facts)
 
     @property
     def replicated(self) -> bool:
@@ -75,22 +76,25 @@ class Parallel:
 
     def check(self, config: BailingMoeV2Config) -> None:
         """Raise `UserError` if the model does not divide so."""
+        placed = self.placement
+        if placed is not None and (placed.num_experts, placed.ranks) != (config.num_experts, self.experts):
+            raise UserError(
+                f"the placement is of {placed.num_experts} experts on {placed.ranks} ranks, "
+                f"not {config.num_experts} on {self.experts}"
+            )
         tensor, N, G = self.tensor.size, config.num_attention_heads, config.num_key_value_heads
         wholes = (
             ("num_attention_heads", N, tensor),
             ("intermediate_size", config.intermediate_size, tensor),
             ("the shared experts' width", config.shared_intermediate_size, tensor),
             ("moe_intermediate_size", config.moe_intermediate_size, self.width_shards),
-            ("the number of expert slots", len(self.slots) or config.num_experts, self.experts),
+            ("the number of expert slots", self.slots(config.num_experts), self.experts),
         )
         for name, value, parts in wholes:
             if value % parts:
                 raise UserError(f"{name} {value} does not divide into {parts} ranks")
         if G % tensor and tensor % G:
             raise UserError(f"num_key_value_heads {G} does not divide into {tensor} ranks, nor they into it")
-        missing = set(range(config.num_experts)) - set(self.slots or range(config.num_experts))
-        if missing:
-            raise UserError(f"no rank has expert {min(missing)}: {len(missing)} experts are in no slot")
 
     # What of the model is this rank's
 
@@ -116,15 +120,20 @@ class Parallel:
         part, shard = width // self.width_shards, self.world.rank % self.width_shards
         return range(shard * part, (shard + 1) * part)
 
+    def slots(self, num_experts: int) -> int:
+        """Slots of all ranks: more than there are experts where some have copies."""
+        return num_experts if self.placement is None else len(self.placement.slots)
+
     def local_slots(self, num_experts: int) -> range:
         """This rank's slots among those of all ranks."""
-        count = (len(self.slots) or num_experts) // self.experts
+        count = self.slots(num_experts) // self.experts
         block = self.world.rank // self.width_shards
         return range(block * count, (block + 1) * count)
 
     def local_experts(self, num_experts: int) -> list[int]:
         """The expert in each of this rank's slots."""
-        return [self.slots[slot] if self.slots else slot for slot in self.local_slots(num_experts)]
+        local = self.local_slots(num_experts)
+        return [slot if self.placement is None else self.placement.slots[slot] for slot in local]
 
     # What the ranks do together
 

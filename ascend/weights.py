@@ -120,6 +120,10 @@ class Experts(nn.Module):
         """What this rank's experts add to the sum, ``[T, H]``; see `ops.reference.moe_experts`."""
         return ops.moe_experts(x_TH, weight_TK, expert_TK, self.gate_up, self.down, self.first, self.total)
 
+    def rows(self, x_MH: Tensor, count_E: Tensor) -> Tensor:
+        """Run each expert on its rows, not weighted; see `ops.reference.expert_rows`."""
+        return ops.expert_rows(x_MH, count_E, self.gate_up, self.down)
+
     def quantised(self, to: str) -> Experts:
         """The same experts with int8 or int4 weights."""
         return ExpertsW8A8(self) if to == "w8a8" else ExpertsW4A16(self)

@@ -24,6 +24,7 @@ SCHEMAS = {
     "bool normalise, float scaling) -> (Tensor, Tensor)",
     "moe_experts": "(Tensor x_TH, Tensor weight_TK, Tensor expert_TK, Tensor gate_up_EIH, Tensor down_EHI, "
     "int first=0, int total=0) -> Tensor",
+    "expert_rows": "(Tensor x_MH, Tensor count_E, Tensor gate_up_EIH, Tensor down_EHI) -> Tensor",
     "rope_to_cache": "(Tensor qkv_BTC, Tensor? q_norm_D, Tensor? k_norm_D, Tensor cos_BTR, Tensor sin_BTR, "
     "Tensor(a!) k_BGSD, Tensor(b!) v_BGSD, Tensor length_B, float eps, Tensor? slots=None) -> Tensor",
     "attention": "(Tensor q_BTND, Tensor k_BGSD, Tensor v_BGSD, Tensor start_B, Tensor length_B, float scale, "
@@ -61,6 +62,7 @@ linear = torch.ops.ascend.linear.default
 swiglu_mlp = torch.ops.ascend.swiglu_mlp.default
 moe_gate = torch.ops.ascend.moe_gate.default
 moe_experts = torch.ops.ascend.moe_experts.default
+expert_rows = torch.ops.ascend.expert_rows.default
 rope_to_cache = torch.ops.ascend.rope_to_cache.default
 attention = torch.ops.ascend.attention.default
 linear_w8a8 = torch.ops.ascend.linear_w8a8.default

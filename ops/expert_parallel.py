@@ -19,10 +19,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ops.npu_mc2 import fits, mc2, why_never
 from ops.parallel_policy import Facts, choose
 from ops.process_group import Group
 
-# ``(x_AH, weight_AK fp32, local_expert_AK) -> partial_AH``: a rank's own experts; an index outside [0, S) adds nothing.
+CHECKED = 16  # made-up tokens of a rank that MC2 is tried on
+CHECK_TOLERANCE = 2e-2  # of the largest value: both sum in fp32 and round to 16 bits, in different places
+
+# ``(x_AH, weight_AK fp32, expert_AK) -> partial_AH``: a rank's own experts; the slot of another rank adds nothing.
 Experts = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
@@ -50,16 +54,11 @@ class Layout:
         """E: among how many ranks, or blocks of ranks, the experts are divided."""
         return self.group.size // self.width_shards
 
-    @property
-    def first(self) -> int:
-        """The first slot of this rank."""
-        return self.group.rank // self.width_shards * self.slots
-
     def run(self, experts: Experts, tokens: Tokens) -> Tensor:
         """This rank's part of the sums, ``[T, H]``; its experts are not called for no tokens."""
         if tokens.x_TH.shape[0] == 0:
             return tokens.x_TH
-        return experts(tokens.x_TH, tokens.weight_TK, tokens.expert_TK - self.first)
+        return experts(*tokens)
 
 
 # The strategies
@@ -118,6 +117,7 @@ STRATEGIES = {
     "all_reduce": Strategy(all_reduce, replicated=True),
     "all_gather": Strategy(all_gather, replicated=False),
     "all_to_all": Strategy(all_to_all, replicated=False),
+    "mc2": Strategy(mc2, replicated=False),
 }
 
 
@@ -137,7 +137,10 @@ class ExpertParallel:
         if strategy != "auto" and strategy not in STRATEGIES:
             raise ValueError(f"unknown expert-parallel strategy '{strategy}': use auto, {', '.join(STRATEGIES)}")
         self.layout = Layout(group, slots, width_shards)
+        if strategy == "mc2" and (reason := why_never(self.layout)):
+            raise ValueError(f"expert-parallel strategy mc2 cannot be used here: {reason}")
         self.strategy, self.facts = strategy, facts
+        self.trusts_mc2 = False
 
     def __call__(
         self,
@@ -170,6 +173,8 @@ class ExpertParallel:
         name = self.strategy
         if name == "auto":
             name = choose(sum(counts or ()), self.layout.ep_size, replicated, self.facts)
+        if name == "mc2":
+            name = self._mc2_or_else(tokens, max(counts or (0,)), experts)
         strategy = STRATEGIES[name]
 
         if replicated and strategy.replicated:
@@ -183,6 +188,33 @@ class ExpertParallel:
             first = group.rank * max(counts or ())
             return strategy.run(self.layout, everyone, None, experts)[first : first + T]
         return strategy.run(self.layout, tokens, counts, experts)
+
+    def _mc2_or_else(self, tokens: Tokens, most: int, experts: Experts) -> str:
+        """MC2 for a step that it takes, once it has shown, on made-up tokens, that it gives what `all_to_all` gives."""
+        if not fits(tokens, most):
+            return "all_to_all"
+        if not self.trusts_mc2:
+            self._check_mc2(tokens, experts)
+            self.trusts_mc2 = True
+        return "mc2"
+
+    def _check_mc2(self, like: Tokens, experts: Experts) -> None:
+        layout, group = self.layout, self.layout.group
+        generator = torch.Generator().manual_seed(group.rank)
+        (H, K), device = (like.x_TH.shape[1], like.expert_TK.shape[1]), like.x_TH.device
+        x_TH = torch.randn(CHECKED, H, generator=generator).to(like.x_TH.dtype)
+        chosen_TK = torch.rand(CHECKED, layout.slots * group.size, generator=generator).argsort(1)[:, :K]
+        weight_TK = torch.rand(CHECKED, K, generator=generator)
+        made_up = Tokens(*(one.to(device) for one in (x_TH, weight_TK, chosen_TK)))
+        counts = [CHECKED] * group.size
+        expected = all_to_all(layout, made_up, counts, experts).float()
+        off = (mc2(layout, made_up, counts, experts).float() - expected).abs().max() / expected.abs().max()
+        wrong = group.all_gather_ints([int(not off <= CHECK_TOLERANCE)])  # NaN is wrong too
+        if ranks := [str(rank) for rank, (bad,) in enumerate(wrong) if bad]:
+            raise RuntimeError(
+                f"mc2 gives other sums than all_to_all on rank {', '.join(ranks)} of {group.size}: the dispatch and "
+                "combine of this CANN cannot be trusted here; use strategy all_to_all or all_reduce"
+            )
 
 
 def gather(group: Group, tokens: Tokens, counts: Sequence[int]) -> Tokens:

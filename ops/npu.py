@@ -103,8 +103,13 @@ def moe_experts(
         return x_TH.new_empty(x_TH.shape)
     E = gate_up_EHI.shape[0]
     rows_MH, row_M, counts_E, _ = dispatch_rows(x_TH, expert_TK, E, first, total, NO_QUANT)
-    hidden_MI = _npu().npu_swiglu(grouped(rows_MH, gate_up_EHI, counts_E), dim=-1)
-    return combine_rows(grouped(hidden_MI, down_EIH, counts_E), row_M, weight_TK, total <= E)
+    return combine_rows(expert_rows(rows_MH, counts_E, gate_up_EHI, down_EIH), row_M, weight_TK, total <= E)
+
+
+def expert_rows(x_MH: Tensor, count_E: Tensor, gate_up_EHI: Tensor, down_EIH: Tensor) -> Tensor:
+    """`reference.expert_rows`; weights ``[E, in, out]``."""
+    hidden_MI = _npu().npu_swiglu(grouped(x_MH, gate_up_EHI, count_E), dim=-1)
+    return grouped(hidden_MI, down_EIH, count_E)
 
 
 def dispatch_rows(
@@ -113,11 +118,15 @@ def dispatch_rows(
     """Copy each token once per expert of ``[first, first + E)`` that it chose, sorted by expert.
 
     Returns the rows ``[M, H]`` (beyond the last local one undefined), for each token and k its row (-1 where the expert
-    is elsewhere), tokens per expert int64 ``[E]``, and the scale of each row if they are quantised.
+    is elsewhere), tokens per expert int64 ``[E]``, and the scale of each row if they are quantised. An expert may be -1,
+    nobody's; the op itself wants one that exists.
     """
+    expert_TK = expert_TK.int()
+    if total > E:
+        expert_TK = expert_TK.masked_fill(expert_TK < 0, 0 if first else E)
     rows_MH, row_M, counts_E, scale_M = _npu().npu_moe_init_routing_v2(
         x_TH.contiguous(),
-        expert_TK.int(),
+        expert_TK,
         scale=None,
         offset=None,
         active_num=expert_TK.numel(),  # rows here, not tokens
@@ -340,6 +349,7 @@ KERNELS: dict[str, Callable[..., Tensor | tuple[Tensor, Tensor]]] = {
     "swiglu_mlp": swiglu_mlp,
     "moe_gate": moe_gate,
     "moe_experts": moe_experts,
+    "expert_rows": expert_rows,
     "rope_to_cache": rope_to_cache,
     "attention": attention,
     "linear_w8a8": linear_w8a8,

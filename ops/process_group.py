@@ -13,6 +13,7 @@ import socket
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -112,6 +113,12 @@ class Group:
             return [list(values)]
         own = torch.tensor([list(values)], dtype=torch.int64, device=DEVICE_OF[self.backend])
         return self.all_gather(own).tolist()
+
+    def hccl_name(self) -> str:
+        """What HCCL calls this group's communicator, for the ops that use it themselves."""
+        assert self.process_group is not None, "one process alone has no communicator"
+        backend: Any = self.process_group._get_backend(torch.device("npu"))
+        return str(backend.get_hccl_comm_name(self.rank))
 
     def barrier(self) -> None:
         """Wait until every rank is here and the device has done what came before."""

@@ -122,7 +122,8 @@ def moe_experts(
     """Sum over each token's experts of ``weight · down(silu(gate(x)) · up(x))``; the sum in fp32, returns ``[T, H]``.
 
     The weights are those of the experts ``first … first + E - 1``, of ``total`` in all (0: there are no others); an
-    index elsewhere adds nothing, as on a rank of an expert-parallel group. Only experts that some token chose are read.
+    index elsewhere, or -1, adds nothing, as on a rank of an expert-parallel group. Only experts that some token chose
+    are read.
     """
 
     def run(expert: int, x: Tensor) -> Tensor:
@@ -155,6 +156,25 @@ def moe_experts_meta(
 ) -> Tensor:
     """Shape of `moe_experts`."""
     return torch.empty_like(x_TH)
+
+
+def expert_rows(x_MH: Tensor, count_E: Tensor, gate_up_EIH: Tensor, down_EHI: Tensor) -> Tensor:
+    """``down(silu(gate(x)) · up(x))`` of rows sorted by expert, ``count_E`` (int64) of each; ``[M, H]``.
+
+    What stands beyond the counts comes back undefined.
+    """
+    out_MH = torch.empty_like(x_MH)
+    parts = zip(
+        x_MH.split([*count_E.tolist(), int(x_MH.shape[0] - count_E.sum())]), gate_up_EIH, down_EHI, strict=False
+    )
+    done = [swiglu_mlp(*part) for part in parts]
+    out_MH[: sum(map(len, done))] = torch.cat(done)
+    return out_MH
+
+
+def expert_rows_meta(x_MH: Tensor, count_E: Tensor, gate_up_EIH: Tensor, down_EHI: Tensor) -> Tensor:
+    """Shape of `expert_rows`."""
+    return torch.empty_like(x_MH)
 
 
 def rope_to_cache(

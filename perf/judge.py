@@ -13,14 +13,16 @@ from dataclasses import dataclass, field
 class Limits:
     """What two correct implementations may differ by; see `LIMITS`.
 
-    part: a layer's attention, its MLP, or the stream after it; largest |Δ| / (|a| + root mean square of the token).
-    gain: the regression slope of Δ on a: rounding averages out in it, a factor that is wrong stays.
-    scores: the router's biased scores, |Δ|. weights: those of the chosen experts, |Δ| / a.
+    part: what attention or the MLP gives on the same input, stream: the residual stream after the layer; the largest
+    |Δ| / (|a| + root mean square of the token). gain: of a part, the regression slope of Δ on a: rounding averages out
+    in it, a factor that is wrong stays. scores: the router's biased scores after the layer's own attention, |Δ|.
+    weights: those of the chosen experts, |Δ| / a, on the same input.
     logits: |Δ| in standard deviations of a position's logits, with nothing flipped before it.
     kl: the same positions, KL(a‖b) in nats. loose_kl: the mean over all positions, those after a flip among them.
     """
 
     part: float
+    stream: float
     gain: float
     scores: float
     weights: float
@@ -29,20 +31,41 @@ class Limits:
     loose_kl: float
 
 
-LIMITS: dict[str, Limits] = {}
+# Each is about three times the largest that was SEEN
+LIMITS: dict[str, Limits] = {
+    # Order of addition alone. Seen: part 5.7e-6, stream 3.2e-6, gain 1.2e-7, scores 7.2e-7, weights 5.7e-7, logits
+    # 1.0e-5, KL 1.3e-10, no flips. The error of a sum grows with the root of its terms, and with depth: 5 to 10 times
+    # of room more for a hidden size of 4096 and 33 layers.
+    "fp32": Limits(part=5e-5, stream=5e-5, gain=1e-6, scores=1e-5, weights=1e-5, logits=1e-3, kl=1e-6, loose_kl=1e-2),
+    # A unit in the last place is 2^-8 = 3.9e-3 of a value, and intermediate results may be rounded or not. Seen: part
+    # 2.9e-2 (the largest of 10^5 values), stream 2.6e-2, gain 8.9e-4 from 13 tokens on (it falls with the root of the
+    # number of tokens; 3.2e-4 with the 128 of the default), scores 4.3e-3, logits 9.3e-2, KL 8.2e-3, mean KL after
+    # flips 0.43 (random weights: an expert in another's place changes everything). The router computes in fp32 and gets
+    # the same input on both sides: weights 4.1e-7, as in fp32.
+    "bf16": Limits(
+        part=7.5e-2, stream=7.5e-2, gain=2e-3, scores=1.2e-2, weights=1e-5, logits=0.3, kl=2.5e-2, loose_kl=1.5
+    ),
+    # An activation near the middle between two of its 255 steps may go to either; a step is 1/127 of the token's
+    # largest value. Seen: part 5.4e-2, stream 6.7e-2, gain 6.6e-4, scores 6.0e-3, weights 3.8e-7, logits 0.19, KL
+    # 2.8e-2, mean KL after flips 0.62.
+    "w8a8": Limits(part=0.16, stream=0.2, gain=2e-3, scores=1.8e-2, weights=1e-5, logits=0.6, kl=8e-2, loose_kl=2.0),
+    # The weights are the same on both sides, activations and sums are bf16. Seen: as bf16, to a tenth.
+    "w4a16": Limits(
+        part=7.5e-2, stream=7.5e-2, gain=2e-3, scores=1.2e-2, weights=1e-5, logits=0.3, kl=2.5e-2, loose_kl=1.5
+    ),
+}
 
 
 @dataclass(frozen=True)
 class LayerNumbers:
     """How one layer differs between two sides that got the same input; the quantities of `Limits`.
 
-    stream, mlp and mlp_gain are over the tokens whose experts agree. first: `attention` at position 0 of the rows.
+    mlp, mlp_gain and stream are over the tokens whose experts agree. first: `attention` at position 0 of the rows.
     flips: tokens whose experts differ; unexplained: those of them that are no near-tie in a's scores; misrouted: tokens
-    where b took experts that its own scores do not choose.
+    for which b took experts that its own scores do not choose.
     """
 
     name: str
-    stream: float
     attention: float = 0.0
     attention_gain: float = 0.0
     first: float = 0.0
@@ -53,6 +76,7 @@ class LayerNumbers:
     flips: int = 0
     unexplained: int = 0
     misrouted: int = 0
+    stream: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -131,7 +155,7 @@ def judge_layer(layer: LayerNumbers, limits: Limits) -> list[tuple[str, str]]:
         ("routing weights", layer.weights, limits.weights, "routed_scaling_factor or norm_topk_prob"),
         ("MLP", layer.mlp, limits.part, "the experts or the MLP, or their weights: routing agrees"),
         ("MLP's size", layer.mlp_gain, limits.gain, "the experts or the MLP, or their weights: routing agrees"),
-        ("stream", layer.stream, limits.part, "the residual additions or a norm"),
+        ("stream", layer.stream, limits.stream, "the residual additions or a norm"),
     )
     return [
         (f"{what} {value:.2g}, limit {limit:.2g}", cause)

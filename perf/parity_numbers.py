@@ -29,10 +29,12 @@ def compare(a: Tensors, b: Tensors, limits: Limits, n_group: int, topk_group: in
         name = f"layer {index}" if index < decoder_layers else f"MTP {index - decoder_layers}"
         one, other = (_under(side, f"layer.{index}.") for side in (a, b))
         layers.append(_layer(name, one, other, a["position"] == 0, limits, n_group, topk_group))
-    clean_N = _before_flips(_differ(a["experts"], b["experts"]), a["row"])
-    flip_N, flip_RD = (_differ(a[name], b[name]) for name in ("prefill.experts", "decode.experts"))
+    flip_N, prefill_flip_N, flip_RD = (
+        _differ(a[name], b[name]).any(-1) for name in ("experts", "prefill.experts", "decode.experts")
+    )
+    clean_N = _before_flips(flip_N, a["row"])
     rows = a["decode.logits"].shape[0]
-    flip_R = torch.stack([flip_N[a["row"] == row].any() for row in range(rows)])
+    flip_R = torch.stack([prefill_flip_N[a["row"] == row].any() for row in range(rows)])
     clean_RD = ~torch.cat([flip_R[:, None], flip_RD], dim=1).cummax(dim=1).values
     return Comparison(
         embedding=float((a["stream.0"].float() - b["stream.0"].float()).abs().max()),
@@ -72,31 +74,33 @@ def _under(side: Tensors, prefix: str) -> dict[str, Tensor]:
 def _layer(
     name: str, a: Tensors, b: Tensors, first_N: Tensor, limits: Limits, n_group: int, topk_group: int
 ) -> LayerNumbers:
-    same_N = torch.ones_like(first_N)
+    mlp_a, mlp_b = _under(a, "mlp."), _under(b, "mlp.")
+    same_N = same_mlp_N = torch.ones_like(first_N)
     routing: dict[str, float] = {}
     if "experts" in a:
-        (a_NK, a_order), (b_NK, b_order) = a["experts"].sort(-1), b["experts"].sort(-1)
-        same_N = (a_NK == b_NK).all(-1)
         groups = (n_group, topk_group)
-        own_N = follows(b["scores"], b_NK, *groups, SCORE_ROUNDING)
-        tie_N = follows(a["scores"], b_NK, *groups, limits.scores) & own_N
-        a_weight, b_weight = a["weights"].gather(-1, a_order)[same_N], b["weights"].gather(-1, b_order)[same_N]
+        same_N, same_mlp_N = ~_differ(a["experts"], b["experts"]), ~_differ(mlp_a["experts"], mlp_b["experts"])
+        tie_N = follows(a["scores"], b["experts"], *groups, limits.scores)
+        tie_mlp_N = follows(mlp_a["scores"], mlp_b["experts"], *groups, SCORE_ROUNDING)
+        weight_a, weight_b = (
+            one["weights"].gather(-1, one["experts"].argsort(-1))[same_mlp_N] for one in (mlp_a, mlp_b)
+        )
         routing = {
             "scores": _max((a["scores"] - b["scores"]).abs()),
-            "weights": _max((a_weight - b_weight).abs() / a_weight.abs()),
+            "weights": _max((weight_a - weight_b).abs() / weight_a.abs()),
             "flips": int((~same_N).sum()),
-            "unexplained": int((~same_N & ~tie_N).sum()),
-            "misrouted": int((~own_N).sum()),
+            "unexplained": int(((~same_N & ~tie_N) | (~same_mlp_N & ~tie_mlp_N)).sum()),
+            "misrouted": int((~follows(b["scores"], b["experts"], *groups, SCORE_ROUNDING)).sum()),
         }
     attention_N = _relative(a["attention"], b["attention"])
     return LayerNumbers(
         name,
-        stream=_max(_relative(a["stream"], b["stream"])[same_N]),
         attention=_max(attention_N),
         attention_gain=_gain(a["attention"], b["attention"]),
         first=_max(attention_N[first_N]),
-        mlp=_max(_relative(a["mlp"], b["mlp"])[same_N]),
-        mlp_gain=_gain(a["mlp"][same_N], b["mlp"][same_N]),
+        mlp=_max(_relative(mlp_a["mlp"], mlp_b["mlp"])[same_mlp_N]),
+        mlp_gain=_gain(mlp_a["mlp"][same_mlp_N], mlp_b["mlp"][same_mlp_N]),
+        stream=_max(_relative(a["stream"], b["stream"])[same_N]),
         **routing,  # type: ignore[arg-type]
     )
 
@@ -121,8 +125,8 @@ def _max(values: Tensor) -> float:
 
 
 def _differ(a: Tensor, b: Tensor) -> Tensor:
-    """Where any layer's set of experts differs: ``[…, L, K]`` to bool ``[…]``."""
-    return (a.sort(-1).values != b.sort(-1).values).flatten(-2).any(-1)
+    """Where the set of experts differs: ``[…, K]`` to bool ``[…]``."""
+    return (a.sort(-1).values != b.sort(-1).values).any(-1)
 
 
 def _before_flips(flip_N: Tensor, row_N: Tensor) -> Tensor:
@@ -139,7 +143,7 @@ def _logits(a_NV: Tensor, b_NV: Tensor) -> LogitNumbers:
     for a, b in zip(a_NV, b_NV, strict=True):  # one position at a time: a vocabulary of 157 184 in fp64 is 1.3 MB
         a, b = a.double(), b.double()
         deviation = a.std()
-        best_a, best_b = a.topk(5), b.topk(5)
+        best_a, best_b = (one.topk(min(5, len(one))) for one in (a, b))
         delta.append((a - b).abs().max() / deviation)
         log_a = a.log_softmax(-1)
         kl.append((log_a.exp() * (log_a - b.log_softmax(-1))).sum())

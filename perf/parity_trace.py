@@ -1,15 +1,16 @@
 """What a model computes of a few prompts, recorded as named tensors: the whole pass, each layer alone, decode steps.
 
-Each layer is run alone on given residual streams (another side's, or the model's own), so that two sides compute every
-layer from the same input.
+Each layer is run alone on given residual streams (another side's, or the model's own), and each MLP alone on given
+inputs, so that two sides compute every part from the same input.
 
 Shapes: B rows of a batch, T its padded length, N real tokens of all batches, row by row, H hidden_size, E experts,
 K experts per token, L decoder layers with a router, V vocabulary, R rows of all batches, D decode steps. The tensors:
 
 - ``row``, ``position``, ``token`` int64 ``[N]``; ``stream.I`` ``[N, H]`` before layer I; ``hidden`` after the norm;
-- ``layer.I.attention``, ``.mlp``, ``.stream`` ``[N, H]`` of layer I alone; with a router ``.experts`` and ``.weights``
-  ``[N, K]`` as it chose, ``.scores`` fp32 ``[N, E]`` computed again from its input. MTP layers come after the decoder
-  layers, with the draft as ``.stream``; ``head`` ``[N, V]`` are norm and head alone;
+- ``layer.I.attention`` and ``.stream`` ``[N, H]`` of layer I alone, ``.mlp_input`` of its MLP, ``.mlp.mlp`` of the MLP
+  alone on the other side's ``.mlp_input``; with a router, of both runs (``layer.I.`` and ``layer.I.mlp.``) ``experts``
+  and ``weights`` ``[N, K]`` as it chose, ``scores`` fp32 ``[N, E]`` computed again from its input. MTP layers come
+  after the decoder layers, with the draft as ``.stream``; ``head`` ``[N, V]`` are norm and head alone;
 - ``logits`` ``[N, V]`` and ``experts`` ``[N, L, K]`` of the whole pass;
 - ``prefill.experts`` as ``experts``, ``decode.tokens`` ``[R, D]``, ``decode.logits`` ``[R, D + 1, V]`` and
   ``decode.experts`` ``[R, D, L, K]`` of the lean engine.
@@ -20,7 +21,6 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -31,38 +31,9 @@ import ops
 from ascend.cache import TransientCache
 from ascend.generation import Decoder
 from ascend.model import BailingMoeV2ForCausalLM, Gate, MTPLayer, Step
+from perf.parity_prompts import Batch
 
 Tensors = Mapping[str, Tensor]
-
-
-@dataclass(frozen=True)
-class Batch:
-    """Rows that go through the model together: int64 ``[B, T]``, the first ``start_B`` slots of a row padding."""
-
-    ids_BT: Tensor
-    start_B: Tensor
-
-    @property
-    def real_BT(self) -> Tensor:
-        """Where there is a token, bool ``[B, T]``."""
-        return torch.arange(self.ids_BT.shape[1]) >= self.start_B[:, None]
-
-    @property
-    def position_BT(self) -> Tensor:
-        """Positions ``[B, T]``; 0 in the padding."""
-        return (torch.arange(self.ids_BT.shape[1]) - self.start_B[:, None]).clamp(min=0)
-
-
-def random_batches(vocab_size: int, rows: int, length: int, seed: int) -> list[Batch]:
-    """Random prompts: so many full rows, and one row alone that is padded on the left for a third of its length.
-
-    Two batches, since a device attends with a mask where a row is padded, and without one where none is.
-    """
-    ids = torch.randint(vocab_size, (rows + 1, length), generator=torch.Generator().manual_seed(seed))
-    padding = length // 3
-    ids[rows, :padding] = 0
-    full = Batch(ids[:rows], torch.zeros(rows, dtype=torch.int64))
-    return [full, Batch(ids[rows:], torch.tensor([padding]))]
 
 
 @torch.inference_mode()
@@ -76,13 +47,14 @@ def trace(
     parts: dict[str, list[Tensor]] = defaultdict(list)
     rows, tokens = 0, 0
     for batch in batches:
-        real = batch.real_BT
+        real = batch.real
         row_BT = (rows + torch.arange(len(real)))[:, None].expand_as(real)
-        made = {"row": row_BT[real], "position": batch.position_BT[real], "token": batch.ids_BT[real]}
+        made = {"row": row_BT[real], "position": batch.position[real], "token": batch.ids_BT[real]}
         made |= _whole_pass(model, batch)
         given: Tensors = made
         if like is not None:
-            given = {name: tensor[tokens : tokens + len(made["row"])] for name, tensor in like.items()}
+            mine = slice(tokens, tokens + len(made["row"]))
+            given = {name: tensor[mine] for name, tensor in like.items() if not name.startswith("decode.")}
         made |= _each_layer(model, batch, given)
         made |= _decode(model, batch, decode, None if like is None else like["decode.tokens"][rows : rows + len(real)])
         for name, tensor in made.items():
@@ -92,7 +64,7 @@ def trace(
 
 
 def _whole_pass(model: BailingMoeV2ForCausalLM, batch: Batch) -> dict[str, Tensor]:
-    real, streams = batch.real_BT, list[Tensor]()
+    real, streams = batch.real, list[Tensor]()
     with _tapped(_decoder_layers(model)) as seen:
         embedding_BTH = model.model.word_embeddings(batch.ids_BT.to(model.device))
         hidden_BTH = model.model(embedding_BTH, _step(model, batch), streams)
@@ -102,7 +74,7 @@ def _whole_pass(model: BailingMoeV2ForCausalLM, batch: Batch) -> dict[str, Tenso
 
 
 def _each_layer(model: BailingMoeV2ForCausalLM, batch: Batch, given: Tensors) -> dict[str, Tensor]:
-    real, step, depth = batch.real_BT, _step(model, batch), model.config.num_hidden_layers
+    real, step, depth = batch.real, _step(model, batch), model.config.num_hidden_layers
     made: dict[str, Tensor] = {}
 
     def placed(x_NH: Tensor) -> Tensor:
@@ -120,8 +92,14 @@ def _each_layer(model: BailingMoeV2ForCausalLM, batch: Batch, given: Tensors) ->
             else:
                 out_BTH, residual_BTH = layer(placed(given[f"stream.{index}"]), None, step)
                 stream_BTH = out_BTH + residual_BTH
+        del seen["mlp"]
         seen["stream"] = _host(stream_BTH)
-        made |= {f"layer.{index}.{name}": x.view(*real.shape, -1)[real] for name, x in seen.items()}
+        own = {f"layer.{index}.{name}": x.view(*real.shape, -1)[real] for name, x in seen.items()}
+        input_NH = given.get(f"layer.{index}.mlp_input", own[f"layer.{index}.mlp_input"])
+        with _tapped([layer]) as (seen,):
+            layer.mlp(placed(input_NH))
+        del seen["mlp_input"]
+        made |= own | {f"layer.{index}.mlp.{name}": x.view(*real.shape, -1)[real] for name, x in seen.items()}
         if isinstance(layer, MTPLayer):
             hidden_NH = given.get(f"layer.{index}.stream", made[f"layer.{index}.stream"])
     last_BTH = ops.rms_norm(placed(given[f"stream.{depth}"]), model.model.norm.weight, model.model.eps)
@@ -130,11 +108,11 @@ def _each_layer(model: BailingMoeV2ForCausalLM, batch: Batch, given: Tensors) ->
 
 def _decode(model: BailingMoeV2ForCausalLM, batch: Batch, steps: int, given_BD: Tensor | None) -> dict[str, Tensor]:
     B = len(batch.ids_BT)
-    mask = batch.real_BT.to(model.device) if bool(batch.start_B.any()) else None
+    mask = batch.real.to(model.device) if bool(batch.start_B.any()) else None
     decoder = Decoder(model, batch.ids_BT.to(model.device), mask, steps)
     with _tapped(_decoder_layers(model)) as seen:
         logits = [_host(decoder.prefill())]
-        prefill = _experts(seen, batch.real_BT)
+        prefill = _experts(seen, batch.real)
         tokens, experts = [], []
         for done in range(steps):
             tokens.append(logits[-1].argmax(-1) if given_BD is None else given_BD[:, done])
@@ -157,9 +135,7 @@ def _step(model: BailingMoeV2ForCausalLM, batch: Batch) -> Step:
     device, (B, T) = model.device, batch.ids_BT.shape
     cache = TransientCache(model.model.kv_heads, model.config.head_dim, B, torch.arange(T, device=device))
     lengths = None if bool(batch.start_B.any()) else [T] * B
-    return model.model.step(
-        batch.position_BT.to(device), batch.start_B.to(device), cache.written_B, cache, lengths
-    )
+    return model.model.step(batch.position.to(device), batch.start_B.to(device), cache.written_B, cache, lengths)
 
 
 @contextmanager
@@ -185,6 +161,8 @@ def _tapped(layers: Iterable[nn.Module]) -> Iterator[list[dict[str, Tensor]]]:
 def _output_hook(tensors: dict[str, Tensor], name: str) -> Any:
     def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         tensors[name] = _host(output)
+        if name == "mlp":
+            tensors["mlp_input"] = _host(inputs[0])
 
     return hook
 

@@ -83,6 +83,7 @@ def op_cases(dtype: torch.dtype) -> dict[str, tuple[Any, ...]]:
         "linear": (new(5, 32), new(7, 32), new(7)),
         "swiglu_mlp": (new(5, 32), new(2 * 6, 32, scale=0.2), new(32, 6)),
         "moe_gate": (new(5, 32), router, router[:, 0].contiguous(), 3, 4, 2, True, 2.5),
+        "expert_rows": (new(5, 32), torch.tensor([2, 0, 3, 0, 0, 0, 0, 0]), gate_up, down),
         "moe_experts": (new(5, 32), weight, chosen, new(8, 2 * 6, 32, scale=0.2), new(8, 32, 6)),
         "rope_to_cache": (new(2, 2, 10 * 16), new(16), new(16), angle.cos(), angle.sin(), k, v, length, 1e-6),
         "attention": (q, k, v, start, length, scale),

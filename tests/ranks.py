@@ -1,4 +1,4 @@
-"""Processes that are the ranks of a gloo group: started once, then fed calls over pipes.
+"""Processes that are the ranks of a group, on gloo or on emulated NPUs: started once, then fed calls over pipes.
 
 They are forked from a server process that has torch imported, so a rank costs no import. A call is a function of a
 test module that takes its rank's `Group` first; what it returns, or raises, comes back.
@@ -41,7 +41,7 @@ class Failure:
 class Ranks:
     """``size`` ranks on this machine; use it as a context."""
 
-    def __init__(self, size: int, timeout: float = 30.0) -> None:
+    def __init__(self, size: int, timeout: float = 30.0, backend: str = "gloo") -> None:
         self.size = size
         port = free_port()
         self.pipes: list[Connection] = []
@@ -49,7 +49,7 @@ class Ranks:
         self.hurt: set[int | None] = set()  # the processes that were sent a signal
         for rank in range(size):
             here, there = _CONTEXT.Pipe()
-            process = _CONTEXT.Process(target=_serve, args=(there, rank, size, port, timeout), daemon=True)
+            process = _CONTEXT.Process(target=_serve, args=(there, rank, size, port, timeout, backend), daemon=True)
             process.start()
             there.close()
             self.pipes.append(here)
@@ -105,9 +105,11 @@ def free_port() -> int:
         return server.getsockname()[1]
 
 
-def _serve(pipe: Connection, rank: int, size: int, port: int, timeout: float) -> None:
+def _serve(pipe: Connection, rank: int, size: int, port: int, timeout: float, backend: str) -> None:
     torch.set_num_threads(1)
-    group: Group = start(rank, size, "127.0.0.1", port, "gloo", timeout)
+    if backend == "hccl":
+        torch.npu.set_device(rank)
+    group: Group = start(rank, size, "127.0.0.1", port, backend, timeout)
     while True:
         try:
             function, arguments = pipe.recv()

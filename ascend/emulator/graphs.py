@@ -45,11 +45,27 @@ class Task:
 
 
 @dataclass
+class Collective:
+    """One collective of a graph, on the memory that was captured."""
+
+    what: str
+    handle: int
+    send: int
+    receive: int
+    numbers: list[int]
+
+    def run(self) -> None:
+        """Do it again; all ranks of the communicator have to."""
+        log.op(f"hccl::{self.what}")
+        communicator.perform(self.what, self.handle, self.send, self.receive, self.numbers)
+
+
+@dataclass
 class Tape:
     """A graph under its number: its tasks in order; ``groups`` holds those whose host arguments may be replaced."""
 
     number: int
-    tasks: list[Task] = field(default_factory=list)
+    tasks: list[Task | Collective] = field(default_factory=list)
     groups: dict[int, slice] = field(default_factory=dict)
 
 
@@ -61,6 +77,9 @@ _update: tuple[Tape, int] | None = None
 _hooks: list[Any] = []  # what C holds must not be collected
 
 _GRAPH_HOOK = ctypes.CFUNCTYPE(ctypes.c_long, ctypes.c_char_p, ctypes.c_void_p, ctypes.c_void_p)
+_COLLECTIVE_HOOK = ctypes.CFUNCTYPE(
+    ctypes.c_int, ctypes.c_char_p, *[ctypes.c_void_p] * 3, ctypes.POINTER(ctypes.c_uint64)
+)
 
 
 def capturing() -> bool:
@@ -76,9 +95,8 @@ def refuse_while_capturing(what: str) -> None:
 
 def install() -> None:
     """Connect the C runtime to this file and to the collectives."""
-    hook = _GRAPH_HOOK(_on_event)
-    _hooks[:] = [hook, communicator.HOOK]
-    _runtime().emulator_set_hooks(hook, communicator.HOOK)
+    _hooks[:] = [_GRAPH_HOOK(_on_event), _COLLECTIVE_HOOK(_on_collective)]
+    _runtime().emulator_set_hooks(*_hooks)
 
 
 def _runtime() -> ctypes.CDLL:
@@ -103,7 +121,7 @@ def record(kernel: Any, args: Any, kwargs: Any, device: torch.device) -> Any:
     return returned
 
 
-def _put(task: Task) -> None:
+def _put(task: Task | Collective) -> None:
     global _update
     if _update is not None:
         tape, position = _update
@@ -129,6 +147,20 @@ def _on_event(what: bytes, number: int | None, stream: int | None) -> int:
         return _EVENTS[what.decode()](number or 0)
     except Exception as error:  # an exception cannot cross C: the call fails, and torch_npu asks why
         return _runtime().emulator_fail(f"{what.decode()}: {error}".encode())
+
+
+def _on_collective(what: bytes, handle: int | None, send: int | None, receive: int | None, numbers: Any) -> int:
+    task = Collective(what.decode(), handle or 0, send or 0, receive or 0, numbers[: communicator.NUMBERS])
+    try:
+        if not capturing() or task.what in communicator.SETTING_UP:
+            task.run()
+        elif task.what in communicator.NOT_CAPTURED:
+            raise Refused("counts of the host cannot be part of a captured graph")
+        else:
+            _put(task)
+    except Exception as error:
+        return _runtime().emulator_fail(f"Hccl {task.what}: {error}".encode())
+    return 0
 
 
 def _begin(_: int) -> int:

@@ -140,7 +140,7 @@ int aclmdlRICaptureTaskUpdateEnd(void *stream) { return tell("update_end", NULL,
 /* Collectives. `numbers` is count, data type, and what the operation needs besides. */
 enum { ROOT_INFO_BYTES = 4108 };
 #define CALL(what, comm, send, receive, ...) \
-  (collective_hook ? collective_hook(what, comm, (void *)(send), (void *)(receive), (const uint64_t[]){__VA_ARGS__}) \
+  (collective_hook ? collective_hook(what, comm, (void *)(send), (void *)(receive), (const uint64_t[5]){__VA_ARGS__}) \
                    : emulator_unsupported("Hccl" what))
 int HcclGetRootInfo(void *info) { memset(info, 0, ROOT_INFO_BYTES); return CALL("root_info", NULL, info, NULL, 0); }
 int HcclCommInitRootInfo(uint32_t ranks, const void *info, uint32_t rank, void **comm) {

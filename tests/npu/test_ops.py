@@ -79,7 +79,11 @@ def test_gate(
     seed: int, dtype: torch.dtype, tokens: int, shape: tuple[int, int, int, int], biased: bool, normalise: bool
 ) -> None:
     experts, groups, kept, top_k = shape
-    x, weight, bias = make(seed, dtype)(tokens, 32), make(seed + 1, FP32)(experts, 32), make(seed + 2, FP32)(experts)
+    x, weight, bias = (
+        make(seed, dtype)(tokens, 32),
+        make(seed + 1, FP32)(experts, 32, scale=0.2),
+        make(seed + 2, FP32)(experts),
+    )
     how = (top_k, groups, kept, normalise, 2.5)
     expected, chosen = reference.moe_gate(x, weight, bias if biased else None, *how)
     actual, actual_chosen = ops.moe_gate(*there(x, weight, bias if biased else None), *how)
@@ -132,7 +136,7 @@ def test_experts(seed: int, dtype: torch.dtype, tokens: int, form: str, skewed: 
     definition = getattr(reference if form == "whole" else reference_quantised, name)
     exact = definition(*wide(x, weight, chosen, *weights), *where)
     actual = getattr(ops, name)(*there(x, weight, chosen.int()), *experts_there(form, weights), *where)
-    close(actual, exact, roundings=6 if form == "w8a8" else 4)
+    close(actual, exact, roundings=12 if form == "w8a8" else 4)
     elsewhere = ((chosen < first) | (chosen >= first + 6)).all(-1)
     assert not actual.cpu()[elsewhere].any()
 
@@ -159,7 +163,7 @@ def test_w8a8_dense(seed: int, tokens: int) -> None:
     close(ops.linear_w8a8(x.to(CARD), placed, *there(scale, bias)), exact)
     exact = reference_quantised.swiglu_mlp_w8a8(*wide(x[0], gate_up, scale, down, down_scale))
     actual = ops.swiglu_mlp_w8a8(x[0].to(CARD), placed, scale.to(CARD), down_placed, down_scale.to(CARD))
-    close(actual, exact, roundings=6)
+    close(actual, exact, roundings=12)  # a step of int8 is two of bf16
 
 
 def attention_case(

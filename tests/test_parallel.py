@@ -1,0 +1,202 @@
+"""The whole model over several ranks (gloo, CPU): its logits are those of one process, however it is divided."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import ascend
+from ascend.config import BailingMoeV2Config
+from ascend.model import BailingMoeV2ForCausalLM
+from ascend.parallel import Parallel
+from ascend.pieces import checkpoint_pieces
+from ops.placement import Placement, balance
+from ops.process_group import Group
+from tests import tiny
+from tests.ranks import Ranks
+
+TOLERANCE = 1e-5  # of the largest logit, in fp32
+# Two key/value heads: four ranks share them.
+SHAPE = {"use_qkv_bias": True, "use_bias": True}
+# Expert 5 twice and expert 0 twice: ten slots for eight experts.
+COPIES = Placement((5, 0, 1, 2, 3, 5, 4, 6, 7, 0), 8, 2)
+
+
+@dataclass(frozen=True)
+class Mesh:
+    """How a test divides the model; ``ranks`` over ``tensor`` gives the streams of tokens."""
+
+    ranks: int
+    tensor: int
+    experts: int
+    strategy: str = "auto"
+    placement: Placement | None = None
+
+    def __str__(self) -> str:
+        copies = "" if self.placement is None else ", copies"
+        return f"{self.ranks} ranks, tensor {self.tensor}, experts {self.experts}, {self.strategy}{copies}"
+
+
+STRATEGIES = ("all_reduce", "all_gather", "all_to_all")
+TWO = [Mesh(2, *shape) for shape in ((2, 1), (2, 2), (1, 2))]
+TWO += [Mesh(2, tensor, 2, strategy) for tensor in (1, 2) for strategy in STRATEGIES]
+TWO += [Mesh(2, tensor, 2, "auto", COPIES) for tensor in (1, 2)]
+FOUR = [Mesh(4, tensor, experts) for tensor in (1, 2, 4) for experts in (1, 2, 4)]
+FOUR += [Mesh(4, 2, 2, strategy) for strategy in STRATEGIES] + [Mesh(4, 4, 2, "all_to_all", COPIES)]
+EIGHT = [Mesh(8, 4, 8), Mesh(8, 2, 4, "all_to_all"), Mesh(8, 4, 4, "all_gather")]
+
+
+@pytest.fixture(scope="module")
+def two() -> Iterator[Ranks]:
+    with Ranks(2) as ranks:
+        yield ranks
+
+
+@pytest.fixture(scope="module")
+def four() -> Iterator[Ranks]:
+    with Ranks(4) as ranks:
+        yield ranks
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.checkpoint(tmp_path_factory.mktemp("parallel"), **SHAPE)
+
+
+def prompts(rows: int) -> Tensor:
+    return torch.randint(0, tiny.SHAPE["vocab_size"], (rows, 11), generator=torch.Generator().manual_seed(4))
+
+
+def parallel_of(group: Group, mesh: Mesh) -> Parallel:
+    return Parallel.mesh(group, mesh.tensor, mesh.experts, mesh.placement, mesh.strategy)
+
+
+def _logits(group: Group, path: Path, mesh: Mesh, dtype: str) -> tuple[Any, ...]:
+    """On a rank: logits of its stream's prompts, MTP logits, greedy tokens, and how many weights it holds."""
+    parallel = parallel_of(group, mesh)
+    model = ascend.load_model(path, dtype=dtype, parallel=parallel)
+    streams = mesh.ranks // mesh.tensor
+    # Streams of different lengths: uneven tokens meet in every MoE layer.
+    stream = group.rank // mesh.tensor
+    ids = prompts(streams)[stream : stream + 1, stream:]
+    tokens = ascend.generate(model, ids, 4)
+    return stream, model(ids), model.mtp_logits(ids)[0], tokens, sum(p.numel() for p in model.parameters())
+
+
+def check(ranks: Ranks, checkpoint: Path, mesh: Mesh, dtype: str = "float32", tolerance: float = TOLERANCE) -> None:
+    whole = ascend.load_model(checkpoint, dtype=dtype)
+    with torch.inference_mode():
+        expected = [
+            (whole(ids), whole.mtp_logits(ids)[0], ascend.generate(whole, ids, 4))
+            for ids in (prompts(mesh.ranks // mesh.tensor)[s : s + 1, s:] for s in range(mesh.ranks // mesh.tensor))
+        ]
+    for stream, logits, drafts, tokens, size in ranks.call(_logits, checkpoint, mesh, dtype):
+        for ours, theirs in ((logits, expected[stream][0]), (drafts, expected[stream][1])):
+            assert (ours - theirs).abs().max() <= tolerance * theirs.abs().max()
+        if dtype == "float32":
+            assert torch.equal(tokens, expected[stream][2])
+        if mesh.placement is None:
+            assert size < sum(p.numel() for p in whole.parameters())
+
+
+@pytest.mark.parametrize("mesh", TWO, ids=str)
+def test_two_ranks(two: Ranks, checkpoint: Path, mesh: Mesh) -> None:
+    check(two, checkpoint, mesh)
+
+
+@pytest.mark.parametrize("mesh", FOUR, ids=str)
+def test_four_ranks(four: Ranks, checkpoint: Path, mesh: Mesh) -> None:
+    check(four, checkpoint, mesh)
+
+
+@pytest.mark.slow
+def test_eight_ranks(tmp_path: Path) -> None:
+    # More heads, so that there are some for every rank.
+    path = tiny.checkpoint(tmp_path, num_attention_heads=8, num_key_value_heads=4)
+    with Ranks(8) as ranks:
+        for mesh in EIGHT:
+            check(ranks, path, mesh)
+
+
+def _median(group: Group, path: Path, mesh: Mesh) -> float:
+    model = ascend.load_model(path, dtype="bfloat16", parallel=parallel_of(group, mesh))
+    exact = ascend.load_model(path, dtype="bfloat16")(prompts(1))
+    return float(((model(prompts(1)) - exact).norm(dim=-1) / exact.norm(dim=-1)).median())
+
+
+@pytest.mark.parametrize("mesh", [Mesh(4, 4, 2), Mesh(4, 4, 4, "all_to_all")], ids=str)
+def test_bf16_is_near(four: Ranks, checkpoint: Path, mesh: Mesh) -> None:
+    """Sums in another order are rounded otherwise, and a token may take another expert: the middle token is judged."""
+    assert max(four.call(_median, checkpoint, mesh)) < 0.05
+
+
+def _refusal(group: Group, path: Path, tensor: int, experts: int, placement: Placement | None) -> str:
+    try:
+        ascend.load_model(path, parallel=Parallel.mesh(group, tensor, experts, placement))
+    except ascend.errors.UserError as error:
+        return str(error)
+    return ""
+
+
+@pytest.mark.parametrize(
+    ("tensor", "experts", "placement", "words"),
+    [
+        (3, 4, None, "tensor=3 does not divide the 4 ranks"),
+        (4, 3, None, "experts=3 does not divide the 4 ranks"),
+        (4, 4, COPIES, "the placement is of 8 experts on 2 ranks, not 8 on 4"),
+    ],
+)
+def test_what_does_not_divide_is_refused(
+    four: Ranks, checkpoint: Path, tensor: int, experts: int, placement: Placement | None, words: str
+) -> None:
+    assert all(words in answer for answer in four.call(_refusal, checkpoint, tensor, experts, placement))
+
+
+class Imagined(Group):
+    """A rank of a group that is never talked to."""
+
+    def __init__(self, rank: int, size: int) -> None:
+        super().__init__()
+        self.rank, self.ranks, self.size = rank, tuple(range(size)), size
+
+    def split(self, parts: Any) -> Group:
+        own = next(part for part in parts if self.rank in part)
+        return Imagined(own.index(self.rank), len(own))
+
+
+@pytest.mark.parametrize("mesh", [*TWO, *FOUR, Mesh(8, 8, 8), Mesh(8, 4, 8), Mesh(8, 1, 8)], ids=str)
+def test_the_ranks_parts_are_the_whole(mesh: Mesh) -> None:
+    config = BailingMoeV2Config(**tiny.SHAPE | SHAPE | {"num_attention_heads": 8})
+    with torch.device("meta"):
+        whole = {piece.name: piece.place.shape for piece in checkpoint_pieces(BailingMoeV2ForCausalLM(config))}
+        held = {name: torch.zeros(shape, dtype=torch.int64, device="cpu") for name, shape in whole.items()}
+        for rank in range(mesh.ranks):
+            model = BailingMoeV2ForCausalLM(config, parallel_of(Imagined(rank, mesh.ranks), mesh))
+            for piece in checkpoint_pieces(model):
+                part = piece.of(held[piece.name])
+                assert part.shape == piece.place.shape
+                if not piece.is_zero:
+                    part += 1
+    for name, times in held.items():
+        assert (times > 0).all(), f"no rank holds all of {name}"
+        if ".experts." in name and mesh.placement is None:
+            assert (times == 1).all(), f"two ranks hold a part of {name}"
+        if name.endswith("attention.dense.weight"):
+            assert (times == mesh.ranks // mesh.tensor).all(), f"{name} would be added more than once"
+
+
+def test_a_placement_of_measured_loads_divides_them() -> None:
+    loads = [100.0, 1, 1, 1, 1, 50, 1, 1]
+    placement = balance(loads, ranks=2, slots_per_rank=5)
+    config = BailingMoeV2Config(**tiny.SHAPE)
+    for rank in range(2):
+        parallel = Parallel.mesh(Imagined(rank, 2), 2, 2, placement)
+        parallel.check(config)
+        assert parallel.local_experts(8) == list(placement.on_rank(rank))
+    assert placement.imbalance(loads) < 1.1
