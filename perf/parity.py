@@ -55,8 +55,9 @@ class Source:
 def main(argv: Sequence[str]) -> int:
     """Compare two sides, or compute one and save it; returns 0 for PASS (or saved) and 1 for FAIL."""
     args = _parse(argv)
-    a = _source("--a", args.a)
-    b = None if args.b is None else _source("--b", args.b)
+    environ = dict(os.environ)  # before the look for one device tells torch not to load the others
+    a = _source("--a", args.a, environ)
+    b = None if args.b is None else _source("--b", args.b, environ)
     _check(args, a, b)
     with tempfile.TemporaryDirectory(prefix="parity-") as scratch:
         file_a = a.file or _computed(a, args, args.save_a or Path(scratch, "a.safetensors"))
@@ -105,7 +106,7 @@ def _computed(source: Source, args: argparse.Namespace, out: Path, like: Path | 
     return out
 
 
-def _source(flag: str, text: str) -> Source:
+def _source(flag: str, text: str, environ: dict[str, str]) -> Source:
     """Read ``--a`` or ``--b``; the device must be there now, not only once a worker has loaded torch."""
     kind, colon, index = text.partition(":")
     if kind == "npu-emulated":
@@ -114,7 +115,7 @@ def _source(flag: str, text: str) -> Source:
         return Source(text, f"npu{colon}{index}", environment())
     if kind in SIDES:
         get_device(text)
-        return Source(text, text, dict(os.environ))
+        return Source(text, text, environ)
     if not Path(text).is_file():
         raise UserError(f"{flag} '{text}' is neither a file nor one of {', '.join(SIDES)}{suggest(kind, SIDES)}")
     return Source(text)

@@ -54,16 +54,18 @@ def follows(score_NE: Tensor, expert_NK: Tensor, n_group: int, topk_group: int, 
     groups may each move by twice the tolerance against each other, two experts once each.
     """
     chosen_NE = torch.zeros_like(score_NE, dtype=torch.bool).scatter_(1, expert_NK, True)
-    possible_NE = certain_NE = torch.ones_like(chosen_NE)
+    possible_NE = kept_NE = torch.ones_like(chosen_NE)
     if topk_group < n_group:
         grouped = score_NE.unflatten(-1, (n_group, -1))
-        group_NG = grouped.topk(min(2, grouped.shape[-1]), dim=-1).values.sum(-1)
+        size = grouped.shape[-1]
+        group_NG = grouped.topk(min(2, size), dim=-1).values.sum(-1)
         best = group_NG.topk(topk_group + 1, dim=-1).values
         possible_NG = group_NG >= best[:, -2, None] - 4 * tolerance
-        certain_NG = group_NG > best[:, -1, None] + 4 * tolerance
-        possible_NE, certain_NE = (one.repeat_interleave(grouped.shape[-1], -1) for one in (possible_NG, certain_NG))
+        kept_NG = group_NG > best[:, -1, None] + 4 * tolerance
+        kept_NG |= chosen_NE.unflatten(-1, (n_group, -1)).any(-1)  # none is chosen of a group that is not kept
+        possible_NE, kept_NE = possible_NG.repeat_interleave(size, -1), kept_NG.repeat_interleave(size, -1)
     lowest_N1 = score_NE.masked_fill(~chosen_NE, torch.inf).amin(-1, keepdim=True)
-    passed_over_NE = ~chosen_NE & certain_NE & (score_NE > lowest_N1 + 2 * tolerance)
+    passed_over_NE = ~chosen_NE & kept_NE & (score_NE > lowest_N1 + 2 * tolerance)
     return (possible_NE | ~chosen_NE).all(-1) & ~passed_over_NE.any(-1) & score_NE.isfinite().all(-1)
 
 
@@ -86,6 +88,7 @@ def _layer(
             one["weights"].gather(-1, one["experts"].argsort(-1))[same_mlp_N] for one in (mlp_a, mlp_b)
         )
         routing = {
+            "router": _max((mlp_a["scores"] - mlp_b["scores"]).abs()),
             "scores": _max((a["scores"] - b["scores"]).abs()),
             "weights": _max((weight_a - weight_b).abs() / weight_a.abs()),
             "flips": int((~same_N).sum()),

@@ -47,7 +47,7 @@ def report(
 
 
 def _layers(layers: list[LayerNumbers], limits: Limits, all_layers: bool) -> None:
-    print(f"\n{'layer alone':<14}{'attention':>11}{'MLP':>9}{'gain':>9}{'scores':>9}{'stream':>9}{'flips':>7}")
+    print(f"\n{'layer alone':<14}{'attention':>11}{'MLP':>9}{'gain':>9}{'router':>9}{'stream':>9}{'flips':>7}")
     good = [layer for layer in layers if not judge_layer(layer, limits)]
     for layer in layers:
         bad = judge_layer(layer, limits)
@@ -56,16 +56,16 @@ def _layers(layers: list[LayerNumbers], limits: Limits, all_layers: bool) -> Non
     if good:
         _layer(f"{len(good)} of {len(layers)} good", good)
     parts = f"{limits.part:>11.1e}{limits.part:>9.1e}{limits.gain:>9.1e}"
-    print(f"{'limit':<14}{parts}{limits.scores:>9.1e}{limits.stream:>9.1e}")
+    print(f"{'limit':<14}{parts}{limits.router:>9.1e}{limits.stream:>9.1e}")
 
 
 def _layer(name: str, layers: list[LayerNumbers], remark: str = "") -> None:
-    stream, attention, mlp, scores = (
-        _worst(getattr(layer, key) for layer in layers) for key in ("stream", "attention", "mlp", "scores")
+    attention, mlp, router, stream = (
+        _worst(getattr(layer, key) for layer in layers) for key in ("attention", "mlp", "router", "stream")
     )
     gain = _worst(abs(gain) for layer in layers for gain in (layer.attention_gain, layer.mlp_gain))
     flips = sum(layer.flips for layer in layers)
-    print(f"{name:<14}{attention:>11.1e}{mlp:>9.1e}{gain:>9.1e}{scores:>9.1e}{stream:>9.1e}{flips:>7}{remark}")
+    print(f"{name:<14}{attention:>11.1e}{mlp:>9.1e}{gain:>9.1e}{router:>9.1e}{stream:>9.1e}{flips:>7}{remark}")
 
 
 def _worst(values: Any) -> float:

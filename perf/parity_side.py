@@ -125,14 +125,13 @@ def write_side(file: Path, tensors: Mapping[str, Tensor], info: SideInfo) -> Non
     from safetensors.torch import save_file
 
     part = file.with_name(f".{file.name}.{os.getpid()}.part")
-    before = os.umask(0o027)
     try:
         save_file(dict(tensors), part, {"parity": json.dumps(asdict(info))})
-        os.replace(part, file)
+        part.chmod(0o640)
+        part.replace(file)
     except (OSError, SafetensorError) as error:
         raise UserError(f"{file}: cannot be written ({str(error).splitlines()[0]})") from None
     finally:
-        os.umask(before)
         part.unlink(missing_ok=True)
 
 
@@ -152,8 +151,8 @@ def main() -> None:
     parser.add_argument("--device", required=True)
     parser.add_argument("--dtype")
     parser.add_argument("--quantise")
-    parser.add_argument("--rows", type=int, required=True)
-    parser.add_argument("--prompt-length", type=int, required=True)
+    parser.add_argument("--rows", type=int)  # this and the next come from --like where there is one
+    parser.add_argument("--prompt-length", type=int)
     parser.add_argument("--seed", type=int, required=True)
     parser.add_argument("--decode", type=int, required=True)
     parser.add_argument("--like", type=Path)

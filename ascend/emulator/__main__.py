@@ -7,9 +7,7 @@ import shutil
 import sys
 from pathlib import Path
 
-from ascend.emulator import package, runtime
 from ascend.errors import UserError, run_command
-from ops.build import BuildError
 
 USAGE = "usage: python -m ascend.emulator -- COMMAND …   for example: -- python -m perf parity --help"
 ROOT = Path(__file__).resolve().parents[2]
@@ -20,6 +18,9 @@ def environment() -> dict[str, str]:
 
     Raises `UserError` if torch-npu cannot be had or the runtime cannot be compiled.
     """
+    from ascend.emulator import package, runtime  # with torch: a wrong command is told without waiting for it
+    from ops.build import BuildError
+
     try:
         torch_npu = package.folder(package.version())
         changes = runtime.environment(runtime.folder(torch_npu))

@@ -7,6 +7,7 @@ rank opens; the root information that HCCL passes around carries the store's add
 from __future__ import annotations
 
 import ctypes
+import os
 import socket
 import struct
 from collections.abc import Callable, Sequence
@@ -30,7 +31,7 @@ DTYPES = {
     11: torch.bfloat16,
 }
 REDUCTIONS = {0: dist.ReduceOp.SUM, 1: dist.ReduceOp.PRODUCT, 2: dist.ReduceOp.MAX, 3: dist.ReduceOp.MIN}
-TIMEOUT = timedelta(seconds=60)
+TIMEOUT = timedelta(seconds=int(os.environ.get("HCCL_EXEC_TIMEOUT", "60")))
 
 _stores: dict[int, Any] = {}
 _communicators: dict[int, Communicator] = {}

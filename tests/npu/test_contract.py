@@ -1,7 +1,7 @@
 """Each torch_npu op that `ops` calls, as it calls it, against the real package: schemas of two releases, meta kernels.
 
-The calls are recorded from the probes of `tests/npu/test_mutations.py` and a model's load; the older release's schemas
-are read from its wheel.
+The calls are recorded from the probes of `tests/npu/test_mutations.py` and, for MC2, from a step of two ranks; the
+older release's schemas are read from its wheel.
 """
 
 from __future__ import annotations
@@ -20,8 +20,12 @@ import ops
 from ascend.devices.npu import TORCH_NPU
 from ascend.emulator import package, schemas
 from ascend.emulator.dispatch import COMPUTED
-from ops import layout, npu
+from ops import layout, npu, npu_mc2
+from ops.process_group import Group
 from tests.npu.test_mutations import PROBES
+from tests.npu.test_parallel import _error
+from tests.ranks import Ranks
+from tests.test_expert_parallel import Case
 
 ROOT = Path(ops.__file__).parents[1]
 OLDER = TORCH_NPU["2.10.0"]
@@ -60,6 +64,32 @@ def used() -> set[str]:
     return {name for file in (ROOT / "ops").glob("*.py") for name in CALLED.findall(file.read_text())}
 
 
+@dataclass(frozen=True)
+class Shape:
+    """A tensor that crossed from another process: nothing but its shape and dtype."""
+
+    size: tuple[int, ...]
+    dtype: torch.dtype
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> Shape:
+        return cls(tuple(tensor.shape), tensor.dtype)
+
+    def tensor(self) -> Tensor:
+        return torch.empty(self.size, dtype=self.dtype, device="meta")
+
+
+def _calls_of_mc2(group: Group) -> dict[str, list[Call]]:
+    recorder = Recorder()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(npu_mc2, "_npu", lambda: recorder)
+        _error(group, Case(3, torch.bfloat16, "mc2", False, (4, 2), True, 3, 2, 6))
+    return {
+        op: [Call(*tree_map_only(Tensor, Shape.of, (one.args, one.kwargs, one.result))) for one in made]
+        for op, made in recorder.calls.items()
+    }
+
+
 @pytest.fixture(scope="module")
 def calls() -> dict[str, list[Call]]:
     recorder = Recorder()
@@ -68,7 +98,13 @@ def calls() -> dict[str, list[Call]]:
         patch.setattr(layout, "_npu", lambda: recorder)
         for probe in PROBES.values():
             probe()
-    return recorder.calls
+    with Ranks(2, 60.0, "hccl") as two:
+        elsewhere = two.call(_calls_of_mc2)[0]
+    there = {
+        op: [Call(*tree_map_only(Shape, Shape.tensor, (one.args, one.kwargs, one.result))) for one in made]
+        for op, made in elsewhere.items()
+    }
+    return recorder.calls | there
 
 
 @pytest.fixture(scope="module")

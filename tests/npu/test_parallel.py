@@ -5,6 +5,7 @@ All strategies against one process that has all experts, MC2 among them, and the
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -151,6 +152,22 @@ def _too_many(group: Group) -> str:
 
 def test_steps_beyond_mc2s_limits_go_by_all_to_all(two: Ranks) -> None:
     assert two.call(_too_many) == ["all_to_all"] * 2
+
+
+def _reduce(group: Group) -> list[float]:
+    return group.all_reduce(torch.ones(2, device="npu")).tolist()
+
+
+def test_a_card_that_is_lost_is_named() -> None:
+    if not active():
+        pytest.skip("needs the emulated cards: tests/run.sh npu")
+    with Ranks(2, 8.0, "hccl") as pair:
+        assert pair.call(_reduce) == [[2.0, 2.0]] * 2
+        pair.signal(1, signal.SIGKILL)
+        pair.send(_reduce, [()] * 2, [0])
+        failure = pair.receive(0)
+    assert failure.kind == "RankLost"
+    assert "rank 1 of 2 is gone" in failure.message
 
 
 MESHES = [Mesh(2, 2, 2), Mesh(2, 1, 2), Mesh(2, 2, 1), Mesh(2, 1, 2, "mc2"), Mesh(2, 2, 2, "all_to_all")]
