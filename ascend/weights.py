@@ -58,7 +58,7 @@ class WeightW8A8(Weight):
 
     def lay_out(self) -> None:
         """Bring the weight into the device's layout."""
-        self.weight.data = layout.matrix_int8(self.weight.data)
+        self.weight.data, self.scale.data = layout.matrix_int8(self.weight.data, self.scale.data)
 
 
 class MLP(nn.Module):
@@ -101,7 +101,8 @@ class MLPW8A8(nn.Module):
 
     def lay_out(self) -> None:
         """Bring the weights into the device's layout."""
-        self.gate_up.data, self.down.data = layout.matrix_int8(self.gate_up.data), layout.matrix_int8(self.down.data)
+        for weight, scale in ((self.gate_up, self.gate_up_scale), (self.down, self.down_scale)):
+            weight.data, scale.data = layout.matrix_int8(weight.data, scale.data)
 
 
 class Experts(nn.Module):
@@ -147,8 +148,16 @@ class ExpertsW8A8(Experts):
 
     def forward(self, x_TH: Tensor, weight_TK: Tensor, expert_TK: Tensor) -> Tensor:
         """What this rank's experts add to the sum, ``[T, H]``."""
-        weights = (self.gate_up, self.gate_up_scale, self.down, self.down_scale)
-        return ops.moe_experts_w8a8(x_TH, weight_TK, expert_TK, *weights, self.first, self.total)
+        return ops.moe_experts_w8a8(x_TH, weight_TK, expert_TK, *self._weights(), self.first, self.total)
+
+    def lay_out(self) -> None:
+        """Bring the weights into the device's layout."""
+        laid_out = layout.experts_int8(*(one.data for one in self._weights()))
+        for parameter, data in zip(self._weights(), laid_out, strict=True):
+            parameter.data = data
+
+    def _weights(self) -> tuple[nn.Parameter, ...]:
+        return self.gate_up, self.gate_up_scale, self.down, self.down_scale
 
 
 class ExpertsW4A16(Experts):

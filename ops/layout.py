@@ -107,9 +107,26 @@ def experts(*weights_EOI: Tensor) -> tuple[Tensor, ...]:
     return tuple(_nz(one.transpose(1, 2)) if one.device.type == "npu" else one for one in weights_EOI)
 
 
-def matrix_int8(weight_OI: Tensor) -> Tensor:
-    """An int8 weight ``[O, I]`` for `linear_w8a8`: on an NPU ``[I, O]`` in NZ."""
-    return _nz(weight_OI.transpose(0, 1)) if weight_OI.device.type == "npu" else weight_OI
+def matrix_int8(weight_OI: Tensor, scale_O: Tensor) -> tuple[Tensor, Tensor]:
+    """An int8 weight and its scales for `linear_w8a8`: on an NPU ``[I, O]`` in NZ, and fp32, fit for every output."""
+    if not is_own(weight_OI.device):
+        return weight_OI, scale_O
+    return _nz(weight_OI.transpose(0, 1)), scale_O.float()
+
+
+def experts_int8(
+    gate_up_EIH: Tensor, gate_up_scale_EI: Tensor, down_EHI: Tensor, down_scale_EH: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Int8 expert weights and their scales: on an NPU ``[E, in, out]`` in NZ, and scales as the ops there take them."""
+    if not is_own(gate_up_EIH.device):
+        return gate_up_EIH, gate_up_scale_EI, down_EHI, down_scale_EH
+    gate_up, down = experts(gate_up_EIH, down_EHI)
+    # The first are used by the op that dequantises (fp32), the second by the matmul: bf16 for bf16, fp32 for fp16.
+    return gate_up, gate_up_scale_EI.float(), down, _scale_of_output(down_scale_EH)
+
+
+def _scale_of_output(scale: Tensor) -> Tensor:
+    return scale if scale.dtype is torch.bfloat16 else scale.float()
 
 
 def experts_int4(packed_EOI: Tensor, scale_EOS: Tensor) -> tuple[Tensor, Tensor]:

@@ -118,8 +118,8 @@ def dispatch_rows(
     """Copy each token once per expert of ``[first, first + E)`` that it chose, sorted by expert.
 
     Returns the rows ``[M, H]`` (beyond the last local one undefined), for each token and k its row (-1 where the expert
-    is elsewhere), tokens per expert int64 ``[E]``, and the scale of each row if they are quantised. An expert may be -1,
-    nobody's; the op itself wants one that exists.
+    is elsewhere), tokens per expert int64 ``[E]``, and the scale of each row if they are quantised. An expert may be
+    -1, nobody's; the op itself wants one that exists.
     """
     expert_TK = expert_TK.int()
     if total > E:
@@ -257,7 +257,7 @@ def _causal_mask(device: torch.device) -> Tensor:
 
 
 def linear_w8a8(x: Tensor, weight_IO: Tensor, scale_O: Tensor, bias: Tensor | None) -> Tensor:
-    """`reference.linear_w8a8`; weight ``[in, out]``."""
+    """`reference.linear_w8a8`; weight ``[in, out]``, scales fp32."""
     x_TI = x.reshape(-1, x.shape[-1])
     q_TI, scale_T = _npu().npu_dynamic_quant(x_TI, smooth_scales=None, group_index=None, dst_type=torch.int8)
     out_TO = _npu().npu_quant_matmul(
@@ -294,7 +294,7 @@ def moe_experts_w8a8(
     sums_MI = grouped(rows_MH, gate_up_EHI, counts_E, output_dtype=torch.int32)
     hidden_MI, hidden_scale_M = _npu().npu_dequant_swiglu_quant(
         sums_MI,
-        weight_scale=gate_up_scale_EI.float(),
+        weight_scale=gate_up_scale_EI,
         activation_scale=scale_M,
         bias=None,
         quant_scale=None,
@@ -339,7 +339,13 @@ def moe_experts_w4a16(
 
 
 def _int4(scale_ESO: Tensor) -> dict[str, list[Tensor]]:
-    return {"antiquant_scale": [scale_ESO], "antiquant_offset": [torch.zeros_like(scale_ESO)]}
+    offset_ESO = _zeros(scale_ESO.shape, scale_ESO.dtype, scale_ESO.device)
+    return {"antiquant_scale": [scale_ESO], "antiquant_offset": [offset_ESO]}
+
+
+@lru_cache(maxsize=16)
+def _zeros(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.zeros(shape, dtype=dtype, device=device)
 
 
 KERNELS: dict[str, Callable[..., Tensor | tuple[Tensor, Tensor]]] = {

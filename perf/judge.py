@@ -43,9 +43,9 @@ LIMITS: dict[str, Limits] = {
     # the larger shape) and the logits' with depth: 5 to 15 times what was seen; logits 100 times.
     "fp32": Limits(part=5e-5, stream=5e-5, gain=1e-6, router=1e-5, scores=1e-5, logits=1e-3, kl=1e-6, loose_kl=1e-2),
     # A unit in the last place is up to 2^-7 = 7.8e-3 of a value, and one side may keep what the other rounds. Seen:
-    # part 2.9e-2 (the largest of 10^5 values), stream 2.7e-2, gain 4.6e-4, scores 4.0e-3, logits 7.8e-2, KL 6.8e-3, mean
-    # KL after flips 0.60 (with random weights, another expert means other answers). The router computes in fp32 on the
-    # same input: 3.8e-7, as in fp32.
+    # part 2.9e-2 (the largest of 10^5 values), stream 2.7e-2, gain 4.6e-4, scores 4.0e-3, logits 7.8e-2, KL 6.8e-3,
+    # mean KL after flips 0.60 (with random weights, another expert means other answers). The router computes in fp32 on
+    # the same input: 3.8e-7, as in fp32.
     "bf16": Limits(part=8e-2, stream=8e-2, gain=1.5e-3, router=1e-5, scores=1.2e-2, logits=0.25, kl=2e-2, loose_kl=2.0),
     # An activation near the middle between two of its 255 steps may go to either; a step is 1/127 of the token's
     # largest value. Seen: part 5.4e-2, stream 6.7e-2, gain 4.6e-4, router 3.8e-7, scores 6.3e-3, logits 0.23, KL

@@ -60,10 +60,9 @@ def _layers(layers: list[LayerNumbers], limits: Limits, all_layers: bool) -> Non
 
 
 def _layer(name: str, layers: list[LayerNumbers], remark: str = "") -> None:
-    attention, mlp, router, stream = (
-        _worst(getattr(layer, key) for layer in layers) for key in ("attention", "mlp", "router", "stream")
-    )
+    attention, mlp, stream = (_worst(getattr(layer, key) for layer in layers) for key in ("attention", "mlp", "stream"))
     gain = _worst(abs(gain) for layer in layers for gain in (layer.attention_gain, layer.mlp_gain))
+    router = _worst(one for layer in layers for one in (layer.router, layer.weights))
     flips = sum(layer.flips for layer in layers)
     print(f"{name:<14}{attention:>11.1e}{mlp:>9.1e}{gain:>9.1e}{router:>9.1e}{stream:>9.1e}{flips:>7}{remark}")
 

@@ -292,6 +292,46 @@ def test_a_broken_model_fails_and_the_verdict_says_where(
     assert cause in str(verdict.cause)
 
 
+@pytest.mark.parametrize("name", ["attention.dense.weight", "attention.query_key_value.weight", "mlp.experts.down"])
+def test_in_fp32_one_element_of_a_matrix_is_enough(
+    paths: dict[str, Path], trusted: dict[str, dict[str, Tensor]], batches: list[Batch], name: str
+) -> None:
+    model = ascend.load_model(paths["fp32"])
+    weight = model.get_parameter(f"model.layers.1.{name}").data.flatten()
+    largest = weight[-weight.numel() // 4 :].abs().argmax() - weight.numel() // 4  # among the values, not the queries
+    weight[largest] *= 1.01
+    verdict = verdict_of(trusted["fp32"], model, batches, "fp32")
+    assert verdict.reasons[0].startswith("layer 1: MLP" if "experts" in name else "layer 1: attention"), verdict.reasons
+
+
+def test_what_comes_after_a_flip_in_its_row_is_not_counted_as_before_it(
+    trusted: dict[str, dict[str, Tensor]],
+) -> None:
+    a = trusted["bf16"]
+    b = {name: tensor.clone() for name, tensor in a.items()}
+    b["experts"][48 + 10, 1, 0] += 100  # row 1 of 48 tokens, position 10
+    b["decode.experts"][0, 1, 0, 0] += 100  # row 0, the second of two steps
+    b["prefill.experts"][-1, 0, 0] += 100  # the padded row
+    numbers = compare(a, b, LIMITS["bf16"], 4, 2)
+    assert (numbers.whole.positions, numbers.whole_clean.positions) == (128, 128 - 38)
+    assert (numbers.decode.positions, numbers.decode_clean.positions) == (9, 2 + 3)
+    assert sum(layer.flips for layer in numbers.layers) == 0
+
+
+def test_a_flip_at_a_near_tie_is_counted_and_one_without_is_unexplained(trusted: dict[str, dict[str, Tensor]]) -> None:
+    a = {name: tensor.clone() for name, tensor in trusted["bf16"].items()}
+    scores, chosen = a["layer.1.scores"], a["layer.1.experts"]
+    score_E = torch.tensor([0.9, 0.8, 0.505, 0.5, 0.1, 0.1, 0.1, 0.1])  # groups of two: the first two are kept
+    scores[:], chosen[:] = score_E, torch.tensor([0, 1, 2])
+    b = {name: tensor.clone() for name, tensor in a.items()}
+    b["layer.1.scores"][5, 3], b["layer.1.experts"][5] = 0.51, torch.tensor([0, 1, 3])
+    near = compare(a, b, LIMITS["bf16"], 4, 2).layers[1]
+    assert (near.flips, near.unexplained, near.misrouted) == (1, 0, 0)
+    b["layer.1.experts"][6] = torch.tensor([0, 2, 3])
+    far = compare(a, b, LIMITS["bf16"], 4, 2).layers[1]
+    assert (far.flips, far.unexplained, far.misrouted) == (2, 1, 1)
+
+
 @pytest.mark.parametrize(
     ("changed", "place", "cause"),
     [

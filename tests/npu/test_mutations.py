@@ -32,7 +32,7 @@ def experts(form: str, first: int) -> None:
 
 
 def dense_w8a8() -> None:
-    checks.test_w8a8_dense.hypothesis.inner_test(3, 5)  # type: ignore[attr-defined]
+    checks.test_w8a8_dense.hypothesis.inner_test(3, 5, BF16)  # type: ignore[attr-defined]
 
 
 def gate() -> None:

@@ -19,6 +19,7 @@ from ops import layout, quantise, reference, reference_quantised
 from ops.npu import KERNELS
 from tests.op_cases import BF16, FP32, UNIT, make
 
+FP16 = torch.float16
 CARD = torch.device("npu:0")
 DTYPES = st.sampled_from([BF16, FP32])
 SEEDS = st.integers(0, 2**31)
@@ -34,7 +35,7 @@ def close(actual: Tensor, exact: Tensor, roundings: float = 2.0) -> None:
     """Within a few roundings of the largest value of each row: sums of many terms cancel."""
     assert actual.device == CARD
     assert actual.shape == exact.shape
-    bound = roundings * UNIT[actual.dtype] * exact.abs().amax(-1, keepdim=True).clamp(min=1e-3)
+    bound = roundings * UNIT.get(actual.dtype, 2.0**-8) * exact.abs().amax(-1, keepdim=True).clamp(min=1e-3)
     assert ((actual.cpu().float() - exact).abs() <= bound).all()
 
 
@@ -115,8 +116,7 @@ def experts_there(form: str, weights: list[Tensor]) -> list[Tensor]:
         return list(layout.experts(*placed))
     if form == "w4a16":
         return [*layout.experts_int4(*placed[:2]), *layout.experts_int4(*placed[2:])]
-    gate_up, down = layout.experts(placed[0], placed[2])
-    return [gate_up, placed[1], down, placed[3]]
+    return list(layout.experts_int8(*placed))
 
 
 @examples
@@ -129,8 +129,8 @@ def experts_there(form: str, weights: list[Tensor]) -> list[Tensor]:
     first=st.sampled_from([0, 3, 6]),
 )
 def test_experts(seed: int, dtype: torch.dtype, tokens: int, form: str, skewed: bool, first: int) -> None:
-    if form != "whole":
-        dtype = BF16  # of the floating types, what the card scales integers to without loss of range
+    if form != "whole" and dtype is FP32:
+        dtype = FP16  # integers are scaled to sixteen bits there
     x, weight, chosen, weights, *where = expert_case(seed, dtype, tokens, form, skewed, first)
     name = "moe_experts" if form == "whole" else f"moe_experts_{form}"
     definition = getattr(reference if form == "whole" else reference_quantised, name)
@@ -152,17 +152,17 @@ def test_no_token_and_no_local_token(form: str) -> None:
 
 
 @examples
-@given(seed=SEEDS, tokens=TOKENS)
-def test_w8a8_dense(seed: int, tokens: int) -> None:
-    new = make(seed, BF16)
+@given(seed=SEEDS, tokens=TOKENS, dtype=st.sampled_from([BF16, FP16]))
+def test_w8a8_dense(seed: int, tokens: int, dtype: torch.dtype) -> None:
+    new = make(seed, dtype)
     x, bias = new(2, tokens, 64), new(128)
     gate_up, scale = quantise.int8_weight(new(128, 64, scale=0.2))
     down, down_scale = quantise.int8_weight(new(64, 64, scale=0.2))
-    placed, down_placed = layout.matrix_int8(gate_up.to(CARD)), layout.matrix_int8(down.to(CARD))
+    placed = [*layout.matrix_int8(*there(gate_up, scale)), *layout.matrix_int8(*there(down, down_scale))]
     exact = reference_quantised.linear_w8a8(*wide(x, gate_up, scale, bias))
-    close(ops.linear_w8a8(x.to(CARD), placed, *there(scale, bias)), exact)
+    close(ops.linear_w8a8(x.to(CARD), *placed[:2], bias.to(CARD)), exact)
     exact = reference_quantised.swiglu_mlp_w8a8(*wide(x[0], gate_up, scale, down, down_scale))
-    actual = ops.swiglu_mlp_w8a8(x[0].to(CARD), placed, scale.to(CARD), down_placed, down_scale.to(CARD))
+    actual = ops.swiglu_mlp_w8a8(x[0].to(CARD), *placed)
     close(actual, exact, roundings=12)  # a step of int8 is two of bf16
 
 
