@@ -86,7 +86,9 @@ class Decoder:
             self.start_B = left_padding(attention_mask, B, T, may_end_in_padding=False)
             self.length = None
         depth, heads, head_dim = model.config.num_hidden_layers, model.model.kv_heads, model.config.head_dim
-        slots = max(T + max_new_tokens, WARM_UPS + 1)  # a capture runs the step a few times
+        slots = T + max_new_tokens
+        if capture:  # runs the step a few times
+            slots = max(slots, WARM_UPS + 1)
         self.cache = StaticCache(depth, B, heads, slots, head_dim, model.dtype, device)
         self.token_B = torch.zeros(B, dtype=torch.int64, device=device)
         self.replay = self._capture() if capture else None

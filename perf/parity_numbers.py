@@ -54,19 +54,21 @@ def follows(score_NE: Tensor, expert_NK: Tensor, n_group: int, topk_group: int, 
     groups may each move by twice the tolerance against each other, two experts once each.
     """
     chosen_NE = torch.zeros_like(score_NE, dtype=torch.bool).scatter_(1, expert_NK, True)
-    possible_NE = kept_NE = torch.ones_like(chosen_NE)
+    lowest_N1 = score_NE.masked_fill(~chosen_NE, torch.inf).amin(-1, keepdim=True)
+    passed_over_NE = ~chosen_NE & (score_NE > lowest_N1 + 2 * tolerance)
+    chosen_NGE, passed_over_NGE, score_NGE = (
+        one.unflatten(-1, (n_group, -1)) for one in (chosen_NE, passed_over_NE, score_NE)
+    )
+    kept_NG = possible_NG = torch.ones_like(chosen_NGE[..., 0])
     if topk_group < n_group:
-        grouped = score_NE.unflatten(-1, (n_group, -1))
-        size = grouped.shape[-1]
-        group_NG = grouped.topk(min(2, size), dim=-1).values.sum(-1)
+        group_NG = score_NGE.topk(min(2, score_NGE.shape[-1]), dim=-1).values.sum(-1)
         best = group_NG.topk(topk_group + 1, dim=-1).values
         possible_NG = group_NG >= best[:, -2, None] - 4 * tolerance
-        kept_NG = group_NG > best[:, -1, None] + 4 * tolerance
-        kept_NG |= chosen_NE.unflatten(-1, (n_group, -1)).any(-1)  # none is chosen of a group that is not kept
-        possible_NE, kept_NE = possible_NG.repeat_interleave(size, -1), kept_NG.repeat_interleave(size, -1)
-    lowest_N1 = score_NE.masked_fill(~chosen_NE, torch.inf).amin(-1, keepdim=True)
-    passed_over_NE = ~chosen_NE & kept_NE & (score_NE > lowest_N1 + 2 * tolerance)
-    return (possible_NE | ~chosen_NE).all(-1) & ~passed_over_NE.any(-1) & score_NE.isfinite().all(-1)
+        kept_NG = chosen_NGE.any(-1) | (group_NG > best[:, -1, None] + 4 * tolerance)
+    # As many groups must be there to keep as are kept, and of none of them a better expert may be passed over.
+    keepable_NG = possible_NG & ~passed_over_NGE.any(-1)
+    enough_N = (kept_NG.sum(-1) <= topk_group) & (keepable_NG.sum(-1) >= topk_group)
+    return enough_N & (keepable_NG | ~kept_NG).all(-1) & score_NE.isfinite().all(-1)
 
 
 def _under(side: Tensors, prefix: str) -> dict[str, Tensor]:

@@ -21,7 +21,7 @@ import torch
 from ops.process_group import Group, start
 
 _CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["ops", "ops.process_group", "tests.ranks"])
+_CONTEXT.set_forkserver_preload(["ascend.generation", "ascend.loader", "ops.process_group", "tests.ranks"])
 PATIENCE = 60.0  # seconds for an answer that should take far less
 
 

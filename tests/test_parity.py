@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 from torch import Tensor
@@ -122,6 +122,7 @@ def routings(draw: st.DrawFn) -> tuple[Tensor, Tensor, int, int, int]:
     return torch.sigmoid(logit) + bias, chosen, n_group, topk_group, top_k
 
 
+@settings(deadline=None)
 @given(routings(), st.floats(0, 0.1), st.integers(0, 2**20))
 def test_a_router_follows_its_scores_and_near_ones(
     routing: tuple[Tensor, Tensor, int, int, int], tolerance: float, seed: int
@@ -132,6 +133,7 @@ def test_a_router_follows_its_scores_and_near_ones(
     assert follows(score + noise, chosen, n_group, topk_group, tolerance + 1e-6).all()
 
 
+@settings(deadline=None)
 @given(routings())
 def test_a_clearly_worse_expert_is_no_near_tie(routing: tuple[Tensor, Tensor, int, int, int]) -> None:
     score, chosen, n_group, topk_group, top_k = routing

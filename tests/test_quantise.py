@@ -93,7 +93,7 @@ def fake_tokens(x: Tensor) -> Tensor:
     return value.float() * scale.unsqueeze(-1)
 
 
-@examples
+@settings(max_examples=10, deadline=None)
 @given(seed=SEEDS, first=st.sampled_from([0, 2]))
 def test_w8a8_ops_compute_with_the_rounded_numbers(seed: int, first: int) -> None:
     """Against plain fp32 arithmetic on weights and tokens that were rounded and widened again."""
@@ -121,7 +121,7 @@ def test_w8a8_ops_compute_with_the_rounded_numbers(seed: int, first: int) -> Non
     torch.testing.assert_close(out, exact, rtol=0.0, atol=2 * close["atol"])
 
 
-@examples
+@settings(max_examples=10, deadline=None)
 @given(seed=SEEDS, dtype=DTYPES)
 def test_w4a16_experts_are_experts_with_the_restored_weights(seed: int, dtype: torch.dtype) -> None:
     new = make(seed, dtype)
