@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_iter, tree_map_only
 
 from ascend.emulator import graphs, log, memory
 from ascend.emulator.kernels import KERNELS, attention
@@ -163,7 +162,7 @@ class _Kernel:
             return torch.empty(0, dtype=torch.uint8, device=args[0].device)
         if self.compute is None:
             raise Refused(f"{self.name}: the emulator has no kernel for it (ascend/emulator/kernels)")
-        tensors = [one for one in tree_iter((args, kwargs)) if isinstance(one, Tensor)]
+        tensors = memory.tensors(args) + memory.tensors(kwargs)
         device = self._device(tensors, kwargs.get("device"))
         log.op(self.name)
         for what in self._syncs(tensors, args, kwargs):
@@ -176,7 +175,7 @@ class _Kernel:
 
     def on_host(self, args: Any, kwargs: Any) -> tuple[Any, Any]:
         """Return the arguments with aliases in the place of `npu` tensors and the CPU in the place of the card."""
-        host_args, host_kwargs = tree_map_only(Tensor, _alias, (args, kwargs))
+        host_args, host_kwargs = memory.replaced(args, _alias), memory.replaced(kwargs, _alias)
         if (device := host_kwargs.get("device")) is not None and torch.device(device).type == "npu":
             host_kwargs["device"] = torch.device("cpu")
         if host_kwargs.get("pin_memory"):
@@ -199,7 +198,7 @@ class _Kernel:
         acl_format = getattr(computed, "acl_format", None)
         if acl_format is not None:
             return memory.in_format(computed, acl_format, device)
-        return tree_map_only(Tensor, lambda host: memory.to_device(host, device), computed)
+        return memory.replaced(computed, lambda host: memory.to_device(host, device))
 
     def _device(self, tensors: list[Tensor], asked: Any) -> torch.device:
         """Return where the results go; refuse what the card would."""

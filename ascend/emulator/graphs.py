@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves, tree_map_only
 
 from ascend.emulator import communicator, log, memory
 from ascend.emulator.limits import Refused
@@ -33,7 +32,7 @@ class Task:
     def run(self) -> None:
         """Compute again over the memory that was captured."""
         log.op(self.kernel.name)
-        computed = _tensors(self.kernel.compute(*self.args, **self.kwargs))
+        computed = memory.tensors(self.kernel.compute(*self.args, **self.kwargs))
         if self.results is None:
             return
         # A result that is a written argument was written where it is.
@@ -109,14 +108,14 @@ def record(kernel: Any, args: Any, kwargs: Any, device: torch.device) -> Any:
     if "out" in kwargs:  # an npu op of this form writes there, whatever its schema says
         _put(Task(kernel, host_args, host_kwargs, None))
         return tuple(kwargs["out"])
-    meta_args, meta_kwargs = tree_map_only(Tensor, _shape_alone, (args, kwargs))
+    meta_args, meta_kwargs = memory.replaced(args, _shape_alone), memory.replaced(kwargs, _shape_alone)
     if meta_kwargs.get("device") is not None:
         meta_kwargs["device"] = torch.device("meta")
     shaped = kernel.overload(*meta_args, **meta_kwargs)
-    results = tree_map_only(Tensor, lambda one: memory.poison(memory.empty_like(one, device)), shaped)
+    results = memory.replaced(shaped, lambda one: memory.poison(memory.empty_like(one, device)))
     returned = kernel.results(results, args, kwargs, torch.device("cpu"))  # written arguments return themselves
-    given = {id(one) for one in _tensors((args, kwargs))}
-    fresh = [memory.alias(one) for one in _tensors(returned) if id(one) not in given]
+    given = {id(one) for one in memory.tensors(args) + memory.tensors(kwargs)}
+    fresh = [memory.alias(one) for one in memory.tensors(returned) if id(one) not in given]
     _put(Task(kernel, host_args, host_kwargs, fresh))
     return returned
 
@@ -130,10 +129,6 @@ def _put(task: Task | Collective) -> None:
     else:
         assert _capture is not None, "the caller asked `capturing`"
         _capture.tasks.append(task)
-
-
-def _tensors(tree: Any) -> list[Tensor]:
-    return [one for one in tree_leaves(tree) if isinstance(one, Tensor)]
 
 
 def _shape_alone(tensor: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ storage by torch_npu's allocator and on the alias as the attribute ``acl_format`
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from ascend.emulator.limits import Refused
 
 ND, NZ = 2, 29
 NZ_DTYPES = (torch.float16, torch.bfloat16, torch.int8)
+CONTAINERS = (Tensor, list, tuple)
 _MOST_ALIASES = 50_000
 
 _storages: dict[tuple[int, int], torch.UntypedStorage] = {}
@@ -43,6 +45,28 @@ def _host_storage(address: int, size: int) -> torch.UntypedStorage:
         buffer = (ctypes.c_char * size).from_address(address)
         found = _storages[address, size] = torch.frombuffer(buffer, dtype=torch.uint8).untyped_storage()
     return found
+
+
+def tensors(value: Any) -> list[Tensor]:
+    """Return the tensors among an op's arguments or results; lists may hold them, dictionaries only at the top."""
+    if isinstance(value, Tensor):
+        return [value]
+    if isinstance(value, dict):
+        value = value.values()
+    elif type(value) not in (list, tuple):
+        return []
+    return [tensor for one in value if isinstance(one, CONTAINERS) for tensor in tensors(one)]
+
+
+def replaced(value: Any, by: Callable[[Tensor], Any]) -> Any:
+    """Return arguments or results with each tensor ``t`` replaced by ``by(t)``."""
+    if isinstance(value, Tensor):
+        return by(value)
+    if type(value) in (list, tuple):
+        return type(value)(replaced(one, by) if isinstance(one, CONTAINERS) else one for one in value)
+    if isinstance(value, dict):
+        return {name: replaced(one, by) if isinstance(one, CONTAINERS) else one for name, one in value.items()}
+    return value
 
 
 def empty_like(shape_of: Tensor, device: torch.device) -> Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import zipfile
 from collections.abc import Iterable
 from pathlib import Path
@@ -18,7 +17,17 @@ def read(wheel: Path, ops: Iterable[str]) -> dict[str, torch.FunctionSchema]:
         library = archive.read(LIBRARY)
     found = {}
     for op in ops:
-        match = re.search(rb"(?<![\w.])" + op.encode() + rb"\([^\0]*?\) -> [^\0]+", library)
-        if match is not None:
-            found[op] = torch._C.parse_schema(f"npu::{match[0].decode()}")
+        text = _string(library, op.encode() + b"(")
+        if text is not None:
+            found[op] = torch._C.parse_schema(f"npu::{text}")
     return found
+
+
+def _string(library: bytes, beginning: bytes) -> str | None:
+    """The first string of the library that begins so, and ends as a schema does."""
+    at = -1
+    while (at := library.find(b"\0" + beginning, at + 1)) >= 0:
+        text = library[at + 1 : library.index(b"\0", at + 1)]
+        if b") -> " in text:
+            return text.decode()
+    return None
