@@ -28,6 +28,7 @@ CAUSAL_MASK = 2048  # the side of the fixed mask of sparse_mode 3
 NO_QUANT, DYNAMIC_INT8 = -1, 1
 COUNTS = 1  # expert_tokens_num_type and group_list_type: tokens per expert, not their running sum
 GATHER = 0  # row_idx_type: for each token and k its row
+ROTATED_TOGETHER = (64, 128)  # head dimensions of the op that rotates queries and keys at once
 FEWEST_PER_GROUP = 2  # experts: a group's score is the sum of its two best
 
 
@@ -176,12 +177,14 @@ def rope_to_cache(
     B, T, C = qkv_BTC.shape
     G, S, D = k_BGSD.shape[1:]
     q, k, v = qkv_BTC.view(B, T, C // D, D).split([C // D - 2 * G, G, G], dim=2)
-    # The op rotates both in place: they must be copies.
     if q_norm_D is not None and k_norm_D is not None:
         q, k = rms_norm(q, q_norm_D, eps), rms_norm(k, k_norm_D, eps)
-    else:
+    else:  # copies, since one op rotates in place
         q, k = q.clone(memory_format=torch.contiguous_format), k.clone(memory_format=torch.contiguous_format)
-    q, k = _npu().npu_apply_rotary_pos_emb(q, k, cos, sin, layout="BSND", rotary_mode="half")
+    if D in ROTATED_TOGETHER:
+        q, k = _npu().npu_apply_rotary_pos_emb(q, k, cos, sin, layout="BSND", rotary_mode="half")
+    else:
+        q, k = (_npu().npu_rotary_mul(one, cos, sin, rotary_mode="half") for one in (q, k))
     if slots is None:
         slot_BT = length_B[:, None] - T + torch.arange(T, device=qkv_BTC.device)
         slots = (slot_BT + torch.arange(B, device=qkv_BTC.device)[:, None] * S).flatten()

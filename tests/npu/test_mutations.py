@@ -22,8 +22,8 @@ from tests.op_cases import BF16, FP32, make
 # The probes
 
 
-def attention(by_lengths: bool, tokens: int) -> None:
-    case = checks.attention_case(3, BF16, tokens, 64, [(0, 9), (0, 14)])
+def attention(by_lengths: bool, tokens: int, head_dim: int = 64) -> None:
+    case = checks.attention_case(3, BF16, tokens, head_dim, [(0, 9), (0, 14)])
     checks.close(checks.run_there(case, True, by_lengths), checks.run_here(case, True), roundings=6)
 
 
@@ -55,6 +55,7 @@ PROBES: dict[str, Callable[[], None]] = {
     "prefill": lambda: attention(True, 5),
     "prefill by a mask": lambda: attention(False, 5),
     "decode": lambda: attention(True, 1),
+    "decode, heads of 32": lambda: attention(True, 1, 32),
     "experts": lambda: experts("whole", 3),
     "experts w8a8": lambda: experts("w8a8", 3),
     "experts w4a16": lambda: experts("w4a16", 3),
@@ -162,6 +163,11 @@ MISTAKES: dict[str, tuple[str, str, Any]] = {
         "decode",
         "npu_apply_rotary_pos_emb",
         lambda args, kwargs: args.__setitem__(slice(2, 4), args[3:1:-1]),
+    ),
+    "cos and sin exchanged for narrow heads": (
+        "decode, heads of 32",
+        "npu_rotary_mul",
+        lambda args, kwargs: args.__setitem__(slice(1, 3), args[2:0:-1]),
     ),
     "the epsilon forgotten": ("norms", "npu_rms_norm", change(2, lambda eps: 1e-2)),
 }

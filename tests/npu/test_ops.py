@@ -1,6 +1,6 @@
 """Every op of `ops.npu` on an emulated card against `ops.reference` in fp32 on the CPU.
 
-Sizes are such as the card takes: heads of 64 or 128, groups of at least two experts, quantised widths in 64s.
+Sizes are such as the card takes: groups of at least two experts, quantised widths in 64s.
 """
 
 from __future__ import annotations
@@ -220,7 +220,7 @@ def run_here(case: dict[str, Any], normed: bool) -> Tensor:
     seed=SEEDS,
     dtype=DTYPES,
     tokens=st.sampled_from([1, 2, 7]),
-    head_dim=st.sampled_from([64, 128]),
+    head_dim=st.sampled_from([32, 64, 128]),
     rows=st.lists(st.integers(1, 20), min_size=1, max_size=3),
     normed=st.booleans(),
 )
