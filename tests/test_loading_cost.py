@@ -98,6 +98,7 @@ def test_a_quick_load_says_nothing(tmp_path: Path, capfd: pytest.CaptureFixture[
     assert capfd.readouterr() == ("", "")
 
 
+@pytest.mark.slow
 def test_on_a_terminal_a_bar_with_bytes_rate_and_time_left(tmp_path: Path) -> None:
     path = checkpoint(tmp_path / "demo")
     ours, its = pty.openpty()

@@ -143,6 +143,7 @@ print(cpu._table[torch.bfloat16] is not None)
 """
 
 
+@pytest.mark.slow
 def test_processes_that_start_at_once(tmp_path: Path) -> None:
     """One has no compiler on its PATH and says so in one line; two others compile into one cache at the same time."""
     paths = [os.environ["PATH"], os.environ["PATH"], str(tmp_path)]

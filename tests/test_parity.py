@@ -326,6 +326,7 @@ def saved(paths: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> P
     return file
 
 
+@pytest.mark.slow
 def test_a_saved_side_is_private_and_says_what_made_it(saved: Path) -> None:
     assert stat.S_IMODE(saved.stat().st_mode) == 0o640
     assert list(saved.parent.iterdir()) == [saved]
@@ -335,6 +336,7 @@ def test_a_saved_side_is_private_and_says_what_made_it(saved: Path) -> None:
     assert info.batches == [[1, 16, 0], [1, 16, 5]]
 
 
+@pytest.mark.slow
 def test_one_weight_made_larger_at_the_second_site_fails(saved: Path, paths: dict[str, Path], tmp_path: Path) -> None:
     tensors = read_tensors(paths["fp32"])
     name = "model.layers.2.attention.dense.weight"
@@ -360,6 +362,7 @@ def test_two_saved_sides_are_compared_where_no_model_is(saved: Path, paths: dict
     assert json.loads(again.stdout.splitlines()[-1])["verdict"] == "PASS"
 
 
+@pytest.mark.slow
 def test_sides_of_different_computations_are_refused(saved: Path, paths: dict[str, Path], tmp_path: Path) -> None:
     other = edit_config(Path(shutil.copytree(paths["fp32"], tmp_path / "other")), rope_theta=10000.0)
     assert "its config.json is not the one" in refusal("--a", saved, "--b", "cpu", "--model", other)
@@ -401,6 +404,7 @@ def test_what_makes_no_sense_is_refused_before_anything_is_computed(arguments: l
     assert words in refusal(*arguments)
 
 
+@pytest.mark.slow
 def test_a_worker_that_refuses_is_quoted_in_one_line(paths: dict[str, Path], tmp_path: Path) -> None:
     other = Path(shutil.copytree(paths["fp32"], tmp_path / "other"))
     tensors = read_tensors(other)
