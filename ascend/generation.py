@@ -43,8 +43,10 @@ def generate(
     int64 ``[B]``, as they come. ``capture`` replays the decode step as a graph where the device has graphs. Raises
     `UserError` for arguments that make no sense.
     """
-    sampling = Sampling(temperature, top_k, top_p, seed)
     _check(model, input_ids, max_new_tokens, stop_token_ids)
+    if seed is None and temperature > 0 and model.parallel.tensor.size > 1:
+        seed = model.parallel.agreed(int(torch.randint(2**31, (1,))))
+    sampling = Sampling(temperature, top_k, top_p, seed)
     decoder = Decoder(model, input_ids, attention_mask, max_new_tokens, capture)
     generator = sampling.generator(input_ids.device)
     stop = torch.tensor(list(stop_token_ids), dtype=torch.int64, device=input_ids.device)
@@ -82,9 +84,10 @@ class Decoder:
         self.model, self.input_ids = model, input_ids
         self.start_B = torch.zeros(B, dtype=torch.int64, device=device)
         self.length: int | None = 0  # of all rows, on the host; None where rows are padded or a graph counts
-        if attention_mask is not None:
-            self.start_B = left_padding(attention_mask, B, T, may_end_in_padding=False)
-            self.length = None
+        padding_B = None if attention_mask is None else left_padding(attention_mask, B, T, may_end_in_padding=False)
+        if padding_B is not None:
+            self.start_B, self.length = padding_B, None
+        self.counts = {length: model.parallel.counts(B * length) for length in (T, 1)}
         depth, heads, head_dim = model.config.num_hidden_layers, model.model.kv_heads, model.config.head_dim
         slots = T + max_new_tokens
         if capture:  # runs the step a few times
@@ -120,7 +123,7 @@ class Decoder:
         if length is not None:
             self.length = length + T
             lengths = [self.length] * B
-        step = model.model.step(position_BT, self.start_B, cache.written_B, cache, lengths)
+        step = model.model.step(position_BT, self.start_B, cache.written_B, cache, lengths, self.counts[T])
         hidden_BTH = model.model(model.model.word_embeddings(token_BT), step)
         return model.logits(hidden_BTH[:, -1])
 
@@ -137,6 +140,12 @@ def _check(
         raise UserError(f"input_ids holds a token outside the vocabulary of {vocab_size}")
     if max_new_tokens < 0:
         raise UserError(f"max_new_tokens is {max_new_tokens}, it cannot be negative")
+    if not model.parallel.replicated:
+        # Ranks with tokens of their own meet in every MoE layer: all must take as many steps.
+        if stop_token_ids:
+            raise UserError("stop_token_ids would have data-parallel ranks end at different steps; leave them out")
+        if len(set(map(tuple, model.parallel.world.all_gather_ints([max_new_tokens])))) > 1:
+            raise UserError("max_new_tokens differs between data-parallel ranks; they take their steps together")
     if any(not 0 <= token < vocab_size for token in stop_token_ids):
         raise UserError(f"stop_token_ids {list(stop_token_ids)} holds a token outside the vocabulary of {vocab_size}")
     rope = model.model.rope

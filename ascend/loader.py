@@ -24,7 +24,7 @@ from ascend.model import BailingMoeV2ForCausalLM
 from ascend.parallel import Parallel
 from ascend.pieces import Piece, checkpoint_pieces, checkpoint_tensors
 from ascend.progress import Progress
-from ascend.quantisation import check_format, quantise_model
+from ascend.quantisation import check_format, check_on, quantise_model
 
 HUGE_PAGE_BYTES = 2 << 20
 
@@ -67,6 +67,7 @@ def load(
     config = config if config is not None else CONFIGS[checkpoint.config["model_type"]](**checkpoint.config)
     if quantise is not None:
         check_format(quantise)
+        check_on(target, _dtype(dtype, checkpoint), quantise, config, parallel or Parallel())
     with _default_dtype(_dtype(dtype, checkpoint)), torch.device("meta"):
         model = BailingMoeV2ForCausalLM(config)
         check_tensors(checkpoint, model)
@@ -79,7 +80,10 @@ def load(
     if config.norm_head and model.lm_head is not None:
         # As vLLM does at load: each column over the vocabulary gets unit length.
         weight = model.lm_head.weight
-        weight.copy_(torch.nn.functional.normalize(weight.float(), dim=0, eps=1e-7))
+        squares_H = weight.float().square().sum(0)
+        if len(weight) < config.vocab_size:
+            squares_H = model.parallel.tensor.all_reduce(squares_H)
+        weight.copy_(weight.float() / squares_H.sqrt().clamp(min=1e-7))
     if quantise is not None:
         quantise_model(model, quantise)
     model.model.lay_out()

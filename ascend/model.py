@@ -48,6 +48,7 @@ class Step:
     length_B: Tensor
     lengths: list[int] | None
     cache: LayerCache
+    counts: list[int] | None  # tokens that each rank brings to an MoE layer, where they differ
 
 
 class Attention(nn.Module):
@@ -110,7 +111,7 @@ class MoE(nn.Module):
 
     def __init__(self, config: BailingMoeV2Config, parallel: Parallel) -> None:
         super().__init__()
-        slots, total = parallel.local_slots(config.num_experts), parallel.slots(config.num_experts)
+        slots, total = parallel.local_slots(config.num_experts), parallel.numbers(config.num_experts)
         width = len(parallel.expert_width(config.moe_intermediate_size))
         shared_width = len(parallel.share(config.shared_intermediate_size))
         self.parallel, self.mixture = parallel, parallel.mixture(config.num_experts)
@@ -119,14 +120,15 @@ class MoE(nn.Module):
         self.experts = Experts(len(slots), config.hidden_size, width, slots.start, total)
         self.shared_experts = MLP(config.hidden_size, shared_width) if shared_width else None
 
-    def forward(self, x_BTH: Tensor) -> Tensor:
-        """``[B, T, H]`` → ``[B, T, H]``."""
+    def forward(self, x_BTH: Tensor, counts: list[int] | None = None) -> Tensor:
+        """``[B, T, H]`` → ``[B, T, H]``; ``counts`` as in `Step`."""
         x_TH = x_BTH.flatten(0, -2)
         weight_TK, expert_TK = self.gate(x_TH)
         if self.parallel.placement is not None:
             expert_TK = self._slots_of(self.parallel.placement, expert_TK)
         shared_TH = None if self.shared_experts is None else self.shared_experts(x_TH)
-        return self.parallel.mix(self.mixture, x_TH, weight_TK, expert_TK, self.experts, shared_TH).view_as(x_BTH)
+        out_TH = self.parallel.mix(self.mixture, x_TH, weight_TK, expert_TK, self.experts, shared_TH, counts)
+        return out_TH.view_as(x_BTH)
 
     def _slots_of(self, placement: Placement, expert_TK: Tensor) -> Tensor:
         """Turn experts into slots: which copy a token goes to depends on its place in the step."""
@@ -157,7 +159,7 @@ class DecoderLayer(nn.Module):
             x, residual = ops.add_rms_norm(x_BTH, residual_BTH, self.input_layernorm.weight, self.eps)
         x = self.attention(x, step)
         x, residual = ops.add_rms_norm(x, residual, self.post_attention_layernorm.weight, self.eps)
-        return self.mlp(x), residual
+        return self.mlp(x, step.counts) if isinstance(self.mlp, MoE) else self.mlp(x), residual
 
 
 class MTPLayer(DecoderLayer):
@@ -216,6 +218,7 @@ class BailingMoeV2Model(nn.Module):
         length_B: Tensor,
         cache: LayerCache,
         lengths: list[int] | None = None,
+        counts: list[int] | None = None,
     ) -> Step:
         """Make what the layers share in a pass over the tokens at these positions; see `Step`."""
         device = position_BT.device
@@ -229,7 +232,7 @@ class BailingMoeV2Model(nn.Module):
         shared = layout.step(
             cos, sin, cache.written_B, cache.slots, masked, self.config.head_dim, self.norm.weight.dtype
         )
-        return Step(shared, start_B, length_B, lengths, cache)
+        return Step(shared, start_B, length_B, lengths, cache, counts)
 
     def forward(self, embedding_BTH: Tensor, step: Step, taps: list[Tensor] | None = None) -> Tensor:
         """Return the hidden states after the final norm, ``[B, T, H]``.
@@ -334,15 +337,19 @@ class BailingMoeV2ForCausalLM(PreTrainedModel, GenerationMixin):
         device = embedding_BTH.device
         past = 0 if transformers_cache is None else int(transformers_cache.get_seq_length())
         start_B = torch.zeros(B, dtype=torch.int64, device=device)
+        padding_B = None
         if mask is not None:
-            start_B = left_padding(mask, B, past + T, may_end_in_padding=past == 0 and transformers_cache is None)
+            padding_B = left_padding(mask, B, past + T, may_end_in_padding=past == 0 and transformers_cache is None)
+        if padding_B is not None:
+            start_B = padding_B
         slot_T = torch.arange(past, past + T, device=device)
         if position_BT is None:
             position_BT = (slot_T - start_B[:, None]).clamp(min=0)
         cache = TransientCache(self.model.kv_heads, self.config.head_dim, B, slot_T, transformers_cache)
         length_B = torch.full((B,), past + T, dtype=torch.int64, device=device) if past else cache.written_B
-        lengths = [past + T] * B if mask is None else None
-        return self.model.step(position_BT.expand(B, T), start_B, length_B, cache, lengths)
+        lengths = [past + T] * B if padding_B is None else None
+        counts = self.parallel.counts(B * T)
+        return self.model.step(position_BT.expand(B, T), start_B, length_B, cache, lengths, counts)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -404,8 +411,10 @@ class BailingMoeV2AliasForCausalLM(BailingMoeV2ForCausalLM):
     config_class = BailingMoeV2AliasConfig
 
 
-def left_padding(mask: Tensor, batch: int, length: int, may_end_in_padding: bool) -> Tensor:
+def left_padding(mask: Tensor, batch: int, length: int, may_end_in_padding: bool) -> Tensor | None:
     """Return each row's number of padded slots on the left, int64 ``[B]``, from a mask ``[B, S]`` of ones and zeros.
+
+    None if no row has any: then attention need not be told.
 
     Raises `UserError` for a mask of another shape, with padding between tokens, or (unless ``may_end_in_padding``) with
     padding on the right, where new tokens would go.
@@ -425,4 +434,4 @@ def left_padding(mask: Tensor, batch: int, length: int, may_end_in_padding: bool
         raise UserError("attention_mask has padding between tokens; pad on the left only")
     if not may_end_in_padding and bool((end_B < length).any()):
         raise UserError("attention_mask pads on the right; pad prompts on the left (tokenizer.padding_side = 'left')")
-    return start_B
+    return start_B if bool(start_B.any()) else None

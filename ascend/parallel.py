@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING
 import torch.nn.functional as F
 from torch import Tensor
 
-from ascend.errors import UserError
-from ops.expert_parallel import ExpertParallel
+from ascend.errors import UserError, suggest
+from ops.expert_parallel import STRATEGIES, ExpertParallel
 from ops.placement import Placement
 from ops.process_group import Group
 
@@ -42,6 +42,8 @@ class Parallel:
     placement: Placement | None = None
     strategy: str = "auto"
     facts: DeviceFacts | None = None
+    mc2_group: Group | None = None
+    mixtures: dict[int, ExpertParallel] = field(default_factory=dict, compare=False, repr=False)
 
     @classmethod
     def mesh(
@@ -62,7 +64,9 @@ class Parallel:
                 raise UserError(f"{name}={part} does not divide the {world.size} ranks")
         parts = [range(first, first + tensor) for first in range(0, world.size, tensor)]
         group = world.split(parts) if world.size > 1 else world
-        return cls(world, group, experts, placement, strategy, facts)
+        # MC2 shares its communicator with nothing else.
+        mc2_group = world.twin() if strategy == "mc2" and world.size > 1 else None
+        return cls(world, group, experts, placement, strategy, facts, mc2_group)
 
     @property
     def replicated(self) -> bool:
@@ -76,6 +80,7 @@ class Parallel:
 
     def check(self, config: BailingMoeV2Config) -> None:
         """Raise `UserError` if the model does not divide so."""
+        self.mixture(config.num_experts)
         placed = self.placement
         if placed is not None and (placed.num_experts, placed.ranks) != (config.num_experts, self.experts):
             raise UserError(
@@ -124,6 +129,13 @@ class Parallel:
         """Slots of all ranks: more than there are experts where some have copies."""
         return num_experts if self.placement is None else len(self.placement.slots)
 
+    def numbers(self, num_experts: int) -> int:
+        """Slot numbers that the ops are told of: one more than there are where ranks hold all and share the width.
+
+        Tokens that pad a rank's own then have a number that is nobody's.
+        """
+        return self.slots(num_experts) + int(self.experts == 1 and self.world.size > 1)
+
     def local_slots(self, num_experts: int) -> range:
         """This rank's slots among those of all ranks."""
         count = self.slots(num_experts) // self.experts
@@ -137,10 +149,35 @@ class Parallel:
 
     # What the ranks do together
 
-    def mixture(self, num_experts: int) -> Callable[..., Tensor]:
-        """Return what brings tokens and experts together, for the MoE layers of a model."""
-        slots = len(self.local_slots(num_experts))
-        return ExpertParallel(self.world, slots, self.width_shards, self.strategy, self.facts)
+    def mixture(self, num_experts: int) -> ExpertParallel:
+        """Return what brings tokens and experts together: one for all MoE layers, so that MC2 is checked once.
+
+        Raises `UserError` for a strategy that there is not, or not for these ranks.
+        """
+        if num_experts not in self.mixtures:
+            slots, shards = len(self.local_slots(num_experts)), self.width_shards
+            try:
+                made = ExpertParallel(self.world, slots, shards, self.strategy, self.facts, self.mc2_group)
+            except ValueError as error:
+                raise UserError(f"{error}{suggest(self.strategy, STRATEGIES)}") from None
+            self.mixtures[num_experts] = made
+        return self.mixtures[num_experts]
+
+    def agreed(self, value: int) -> int:
+        """What the first rank of the tensor group says: ranks that hold the same tokens must draw the same."""
+        return self.tensor.all_gather_ints([value])[0][0]
+
+    def counts(self, tokens: int) -> list[int] | None:
+        """How many tokens each rank brings to an MoE layer if this one's tensor group holds ``tokens``.
+
+        None where all ranks hold the same. The ranks ask each other, for which the host waits: once per step.
+        """
+        if self.replicated:
+            return None
+        size = self.tensor.size
+        streams = [count for (count,) in self.world.all_gather_ints([tokens])]
+        shares = [-(-count // size) for count in streams]
+        return [max(0, min(n, T - rank % size * n)) for rank, (T, n) in enumerate(zip(streams, shares, strict=True))]
 
     def mix(
         self,
@@ -150,6 +187,7 @@ class Parallel:
         expert_TK: Tensor,
         experts: Callable[..., Tensor],
         shared_TH: Tensor | None,
+        counts: list[int] | None,
     ) -> Tensor:
         """Return the routed experts' sums plus this rank's part of the shared experts', added up over the ranks."""
         if self.replicated:
@@ -158,7 +196,7 @@ class Parallel:
         T, size = x_TH.shape[0], self.tensor.size
         n = -(-T // size)
         own = slice(self.tensor.rank * n, (self.tensor.rank + 1) * n)
-        out_TH = mixture(x_TH[own], weight_TK[own], expert_TK[own], experts, replicated=False)
+        out_TH = mixture(x_TH[own], weight_TK[own], expert_TK[own], experts, False, counts)
         out_TH = self.tensor.all_gather(F.pad(out_TH, (0, 0, 0, n - out_TH.shape[0])))[:T]
         return out_TH if shared_TH is None else out_TH + self.tensor.all_reduce(shared_TH)
 

@@ -4,17 +4,43 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import torch
+
 from ascend.errors import UserError, suggest
 from ascend.weights import FORMATS, MLP
+from ops import layout
+from ops.quantise import INT4_GROUP
 
 if TYPE_CHECKING:
+    from ascend.config import BailingMoeV2Config
     from ascend.model import BailingMoeV2ForCausalLM
+    from ascend.parallel import Parallel
+
+WHOLE_WIDTH = 64  # of an expert on a rank: what the NPU's op that quantises SwiGLU's result takes multiples of
 
 
 def check_format(name: str) -> None:
     """Raise `UserError` unless ``name`` is a format that `quantise_model` knows."""
     if name not in FORMATS:
         raise UserError(f"unknown quantisation '{name}'{suggest(name, FORMATS)}; there is {', '.join(FORMATS)}")
+
+
+def check_on(device: torch.device, dtype: torch.dtype, to: str, config: BailingMoeV2Config, parallel: Parallel) -> None:
+    """Raise `UserError` if a model of ``dtype`` cannot be quantised to ``to`` there, divided so."""
+    width = len(parallel.expert_width(config.moe_intermediate_size))
+    if parallel.strategy == "mc2":
+        raise UserError(f"expert-parallel strategy mc2 runs whole experts alone, not {to}; choose another strategy")
+    if to == "w4a16":
+        for name, inputs in (("hidden_size", config.hidden_size), ("the experts' width on a rank", width)):
+            if inputs % min(INT4_GROUP, inputs) or inputs % 8:
+                raise UserError(f"{name} {inputs} does not divide into groups of {INT4_GROUP} for w4a16; use w8a8")
+    if layout.is_own(device):
+        if dtype is torch.float32:
+            raise UserError(f"{device} computes with quantised weights in bf16 or fp16 alone; give dtype='bfloat16'")
+        if to == "w8a8" and width % WHOLE_WIDTH:
+            raise UserError(
+                f"{device} takes w8a8 experts of whole {WHOLE_WIDTH}s, not {width} wide on a rank; use w4a16"
+            )
 
 
 def quantise_model(model: BailingMoeV2ForCausalLM, to: str) -> None:

@@ -48,6 +48,7 @@ class Layout:
     group: Group
     slots: int
     width_shards: int = 1
+    mc2_group: Group | None = None
 
     @property
     def ep_size(self) -> int:
@@ -126,17 +127,24 @@ class ExpertParallel:
 
     slots: experts on each expert-parallel rank, copies included (`ops.placement`); rank r of the group holds the slots
     ``S · (r // width_shards) … + S - 1`` of all. strategy: a name in `STRATEGIES`, or "auto" (`ops.parallel_policy`,
-    which asks ``facts`` what card it is; None is unknown).
+    which asks ``facts`` what card it is; None is unknown). mc2_group: a communicator of the same ranks that nothing
+    else uses; without it MC2 takes the group's own.
     """
 
     def __init__(
-        self, group: Group, slots: int, width_shards: int = 1, strategy: str = "auto", facts: Facts | None = None
+        self,
+        group: Group,
+        slots: int,
+        width_shards: int = 1,
+        strategy: str = "auto",
+        facts: Facts | None = None,
+        mc2_group: Group | None = None,
     ) -> None:
         if width_shards < 1 or group.size % width_shards:
             raise ValueError(f"{group.size} ranks do not divide into blocks of {width_shards} that share their experts")
         if strategy != "auto" and strategy not in STRATEGIES:
             raise ValueError(f"unknown expert-parallel strategy '{strategy}': use auto, {', '.join(STRATEGIES)}")
-        self.layout = Layout(group, slots, width_shards)
+        self.layout = Layout(group, slots, width_shards, mc2_group)
         if strategy == "mc2" and (reason := why_never(self.layout)):
             raise ValueError(f"expert-parallel strategy mc2 cannot be used here: {reason}")
         self.strategy, self.facts = strategy, facts
@@ -191,7 +199,7 @@ class ExpertParallel:
 
     def _mc2_or_else(self, tokens: Tokens, most: int, experts: Experts) -> str:
         """MC2 for a step that it takes, once it has shown, on made-up tokens, that it gives what `all_to_all` gives."""
-        if not fits(tokens, most):
+        if not fits(self.layout, tokens, most):
             return "all_to_all"
         if not self.trusts_mc2:
             self._check_mc2(tokens, experts)

@@ -26,7 +26,7 @@ from ops import layout, reference
 WHOLE = 2147483647  # no limit on how far a query looks
 CAUSAL_MASK = 2048  # the side of the fixed mask of sparse_mode 3
 NO_QUANT, DYNAMIC_INT8 = -1, 1
-COUNTS = 1  # expert_tokens_num_type and group_list_type: tokens per expert, not their running sum
+RUNNING_SUMS, COUNTS = 0, 1  # expert_tokens_num_type and group_list_type: tokens per expert, not their running sum
 GATHER = 0  # row_idx_type: for each token and k its row
 ROTATED_TOGETHER = (64, 128)  # head dimensions of the op that rotates queries and keys at once
 FEWEST_PER_GROUP = 2  # experts: a group's score is the sum of its two best
@@ -145,8 +145,10 @@ def dispatch_rows(
 
 def grouped(x_MI: Tensor, weight_EIO: Tensor, counts_E: Tensor, **quantised: Any) -> Tensor:
     """Multiply the rows of each expert with its weight: ``[M, O]``, rows beyond the last expert's undefined."""
+    # Counts of a single expert are refused; its count is its running sum.
+    kind = COUNTS if weight_EIO.shape[0] > 1 else RUNNING_SUMS
     return _npu().npu_grouped_matmul(
-        [x_MI], [weight_EIO], group_list=counts_E, split_item=3, group_type=0, group_list_type=COUNTS, **quantised
+        [x_MI], [weight_EIO], group_list=counts_E, split_item=3, group_type=0, group_list_type=kind, **quantised
     )[0]
 
 

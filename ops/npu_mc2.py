@@ -2,12 +2,13 @@
 
 `npu_moe_distribute_dispatch_v2` and its `combine_v2`, full mesh, one server. The order of the rows is that of
 `ops.dispatch_reference`. Legal for 2 to 8 ranks from CANN 9.0 on (8.5 takes 8 ranks of at most 24 experts). It needs a
-communicator that nothing else uses at the same time, and HCCL_BUFFSIZE, in MB, of at least 2 · (ranks · tokens a rank ·
-min(slots, K) · H · 2 bytes + 2 MB): with too little the kernel only warns.
+communicator that nothing else uses, and HCCL_BUFFSIZE, in MB, of at least 2 · (ranks · tokens a rank · min(slots, K) ·
+H · 2 bytes + 2 MB): with too little the kernel only warns, so larger steps go another way here (`fits`).
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +21,10 @@ if TYPE_CHECKING:
 
 MOST_TOKENS = 256  # of a rank
 MOST_RANKS = 8
+MOST_EXPERTS = 16  # of a token
 WIDEST = 7168
+MB = 10**6  # whether HCCL means this or 2**20 is not said; this is the safe reading
+DEFAULT_BUFFER = "200"
 
 
 def _npu() -> Any:
@@ -38,10 +42,18 @@ def why_never(layout: Layout) -> str:
     return "" if size == 1 else next((reason for holds, reason in reasons if holds), "")
 
 
-def fits(tokens: Tokens, most: int) -> bool:
-    """Say whether MC2 takes such tokens, at most so many on a rank."""
-    H, dtype = tokens.x_TH.shape[1], tokens.x_TH.dtype
-    return dtype in (torch.bfloat16, torch.float16) and H % 32 == 0 and H <= WIDEST and 0 < most <= MOST_TOKENS
+def fits(layout: Layout, tokens: Tokens, most: int) -> bool:
+    """Say whether MC2 takes such tokens, at most so many on a rank, with the communicator's buffer as it is."""
+    (H, dtype), K = (tokens.x_TH.shape[1], tokens.x_TH.dtype), tokens.expert_TK.shape[1]
+    arriving = layout.group.size * most * min(layout.slots, K) * H * dtype.itemsize
+    return (
+        dtype in (torch.bfloat16, torch.float16)
+        and H % 32 == 0
+        and H <= WIDEST
+        and K <= MOST_EXPERTS
+        and 0 < most <= MOST_TOKENS
+        and 2 * (arriving + 2 * MB) <= int(os.environ.get("HCCL_BUFFSIZE", DEFAULT_BUFFER)) * MB
+    )
 
 
 def mc2(layout: Layout, tokens: Tokens, counts: Sequence[int] | None, experts: Any) -> Tensor:
@@ -69,7 +81,7 @@ def mc2(layout: Layout, tokens: Tokens, counts: Sequence[int] | None, experts: A
         "global_bs": n * group.size,
         "comm_alg": "fullmesh",
     }
-    where = (group.hccl_name(), group.size, group.rank, layout.slots * group.size)
+    where = ((layout.mc2_group or group).hccl_name(), group.size, group.rank, layout.slots * group.size)
     rows, _, assist, count_E, arrived, _, scales = _npu().npu_moe_distribute_dispatch_v2(
         F.pad(x_TH, (0, 0, 0, n - T)),
         expert_TK,

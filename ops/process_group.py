@@ -120,10 +120,6 @@ class Group:
         backend: Any = self.process_group._get_backend(torch.device("npu"))
         return str(backend.get_hccl_comm_name(self.rank))
 
-    def barrier(self) -> None:
-        """Wait until every rank is here and the device has done what came before."""
-        self.all_gather_ints([0])
-
     def split(self, parts: Sequence[Sequence[int]]) -> Group:
         """Make a group of each of ``parts`` (ascending ranks, every rank in exactly one); return this rank's.
 
@@ -144,6 +140,12 @@ class Group:
             if self.ranks[self.rank] in part:
                 own = Group(process_group, self._heartbeat)
         return own
+
+    def twin(self) -> Group:
+        """Make another communicator of the same ranks, for ops that share theirs with nothing else; as `split`."""
+        with self._collective("twin"):
+            process_group = dist.new_group(list(self.ranks), timeout=_limit(self.backend, self._heartbeat))
+        return Group(process_group, self._heartbeat)
 
     def close(self) -> None:
         """Leave the job, all its groups included; call it on the group that `start` returned."""

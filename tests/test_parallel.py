@@ -23,7 +23,7 @@ from tests.ranks import Ranks
 
 TOLERANCE = 1e-5  # of the largest logit, in fp32
 # Two key/value heads: four ranks share them.
-SHAPE = {"use_qkv_bias": True, "use_bias": True}
+SHAPE = {"use_qkv_bias": True, "use_bias": True, "norm_head": True}
 # Expert 5 twice and expert 0 twice: ten slots for eight experts.
 COPIES = Placement((5, 0, 1, 2, 3, 5, 4, 6, 7, 0), 8, 2)
 
@@ -136,6 +136,61 @@ def test_bf16_is_near(four: Ranks, checkpoint: Path, mesh: Mesh) -> None:
     assert max(four.call(_median, checkpoint, mesh)) < 0.05
 
 
+def _sampled(group: Group, path: Path) -> list[int]:
+    model = ascend.load_model(path, parallel=Parallel.mesh(group, 2, 2))
+    torch.manual_seed(group.rank)  # whatever each process would draw by itself
+    return ascend.generate(model, prompts(1), 8, temperature=2.0)[0].tolist()
+
+
+def test_ranks_that_hold_the_same_tokens_draw_the_same(two: Ranks, checkpoint: Path) -> None:
+    first, second = two.call(_sampled, checkpoint)
+    assert first == second
+
+
+def _generate_error(group: Group, path: Path, how: dict[str, Any]) -> str:
+    model = ascend.load_model(path, parallel=Parallel.mesh(group, 1, 2))
+    try:
+        ascend.generate(model, prompts(1), **{key: value[group.rank] for key, value in how.items()})
+    except ascend.errors.UserError as error:
+        return str(error)
+    return ""
+
+
+@pytest.mark.parametrize(
+    ("how", "words"),
+    [
+        ({"stop_token_ids": [[3], [3]]}, "end at different steps"),
+        ({"max_new_tokens": [3, 4]}, "max_new_tokens differs between data-parallel ranks"),
+    ],
+)
+def test_data_parallel_ranks_that_would_part_are_refused(
+    two: Ranks, checkpoint: Path, how: dict[str, Any], words: str
+) -> None:
+    assert all(words in answer for answer in two.call(_generate_error, checkpoint, how))
+
+
+def _quantised(group: Group, path: Path, mesh: Mesh) -> float:
+    model = ascend.load_model(path, quantise="w8a8", parallel=parallel_of(group, mesh))
+    exact = ascend.load_model(path)(prompts(1))
+    return float(((model(prompts(1)) - exact).norm(dim=-1) / exact.norm(dim=-1)).median())
+
+
+@pytest.mark.parametrize("mesh", [Mesh(2, 2, 2), Mesh(2, 2, 1)], ids=str)
+def test_quantised_parts_are_as_near_as_the_quantised_whole(two: Ranks, checkpoint: Path, mesh: Mesh) -> None:
+    exact, whole = ascend.load_model(checkpoint)(prompts(1)), ascend.load_model(checkpoint, quantise="w8a8")(prompts(1))
+    alone = float(((whole - exact).norm(dim=-1) / exact.norm(dim=-1)).median())
+    assert max(two.call(_quantised, checkpoint, mesh)) < 1.5 * alone
+
+
+def test_strategies_that_cannot_be_are_refused_with_a_suggestion(checkpoint: Path) -> None:
+    def load(strategy: str, **how: Any) -> None:
+        parallel = Parallel.mesh(Imagined(0, 2), 2, 2, strategy=strategy)
+        ascend.load_model(checkpoint, parallel=parallel, **how)
+
+    assert "did you mean 'all_reduce'" in tiny.user_error(load, "allreduce")
+    assert "mc2 cannot be used here: it is for ranks on NPUs" in tiny.user_error(load, "mc2")
+
+
 def _refusal(group: Group, path: Path, tensor: int, experts: int, placement: Placement | None) -> str:
     try:
         ascend.load_model(path, parallel=Parallel.mesh(group, tensor, experts, placement))
@@ -164,6 +219,9 @@ class Imagined(Group):
     def __init__(self, rank: int, size: int) -> None:
         super().__init__()
         self.rank, self.ranks, self.size = rank, tuple(range(size)), size
+
+    def twin(self) -> Group:
+        return self
 
     def split(self, parts: Any) -> Group:
         own = next(part for part in parts if self.rank in part)

@@ -13,7 +13,8 @@ from torch import Tensor
 
 import ascend
 import ops
-from ascend.quantisation import quantise_model
+from ascend.parallel import Parallel
+from ascend.quantisation import check_on, quantise_model
 from ops import quantise, reference
 from tests import tiny
 from tests.op_cases import BF16, FP32, make
@@ -148,6 +149,18 @@ def test_a_quantised_model_is_near_the_whole_one(to: str, least: float, tmp_path
     assert {p.dtype for n, p in model.named_parameters() if ".mlp.experts." in n and "scale" not in n} == {
         torch.int8 if to == "w8a8" else torch.int32
     }
+
+
+@pytest.mark.parametrize(
+    ("shape", "words"),
+    [
+        ({"moe_intermediate_size": 192}, "192 does not divide into groups of 128"),
+        ({"moe_intermediate_size": 12}, "12 does not divide into groups of 128"),
+    ],
+)
+def test_widths_that_have_no_groups_are_refused_before_anything_is_loaded(shape: dict[str, int], words: str) -> None:
+    config = ascend.BailingMoeV2Config(**tiny.SHAPE | shape)
+    assert words in tiny.user_error(check_on, torch.device("cpu"), FP32, "w4a16", config, Parallel())
 
 
 def test_what_cannot_be_quantised_says_so(tmp_path: Path) -> None:

@@ -252,15 +252,17 @@ class Accelerator(Device):
     def capture(self, fn: Callable[[], Result], pool: Any = None) -> Callable[[], Result]:
         """Warm ``fn`` up on a side stream, capture one run of it, and return the replay (see `Device.capture`)."""
         api = self._api()
-        side = api.Stream()
-        side.wait_stream(api.current_stream())
-        with api.stream(side):
-            for _ in range(WARM_UPS):
-                fn()
-        api.current_stream().wait_stream(side)
-        graph = self._new_graph()
-        with api.graph(graph, pool=pool):
-            result = fn()
+        with api.device(self.index):
+            side = api.Stream()
+            side.wait_stream(api.current_stream())
+            with api.stream(side):
+                for _ in range(WARM_UPS):
+                    fn()
+            api.current_stream().wait_stream(side)
+            graph = self._new_graph()
+            # Without a stream it takes one that the first capture of the process made, on the card of that capture.
+            with api.graph(graph, pool=pool, stream=side):
+                result = fn()
         return Replay(graph, result)
 
 

@@ -18,6 +18,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ascend.emulator.limits import Refused
+
 # HcclDataType and HcclReduceOp of hccl_types.h.
 DTYPES = {
     0: torch.int8,
@@ -42,9 +44,18 @@ class Communicator:
 
     def __init__(self, port: int, rank: int, size: int) -> None:
         self.rank, self.size = rank, size
+        self.user = ""
         store = _stores.pop(port, None) or dist.TCPStore("127.0.0.1", port, is_master=False, timeout=TIMEOUT)
         self.store = store
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # else gloo listens where the host's name points
         self.gloo: Any = dist.ProcessGroupGloo(store, rank, size, TIMEOUT)
+
+    def claimed(self, user: str) -> Communicator:
+        """This communicator, for collectives or for MC2: the ops' pages forbid any other operator in MC2's."""
+        if self.user not in ("", user):
+            raise Refused(f"{user} in a communicator that {self.user} uses already; MC2 needs one of its own")
+        self.user = user
+        return self
 
     def all_to_all(self, tensors: list[Tensor]) -> list[Tensor]:
         """Send ``tensors[i]`` to rank ``i``; return what came from each. Shapes are agreed on the way."""
@@ -99,10 +110,16 @@ def _summing(reduction: int) -> Any:
 
 
 def _root_info(_: int, info: int, __: int, ___: Any) -> None:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    _stores[port] = dist.TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False, timeout=TIMEOUT)
+    listener = socket.create_server(("127.0.0.1", 0))  # the store's own would listen on every interface
+    port = listener.getsockname()[1]
+    _stores[port] = dist.TCPStore(
+        "127.0.0.1",
+        port,
+        is_master=True,
+        wait_for_workers=False,
+        timeout=TIMEOUT,
+        master_listen_fd=listener.detach(),
+    )
     ctypes.memmove(info, struct.pack("<I", port), 4)
 
 
@@ -196,4 +213,6 @@ NUMBERS = 5  # that the runtime passes
 
 def perform(what: str, handle: int, send: int, receive: int, numbers: Sequence[int]) -> None:
     """Do what HCCL's function of that name does."""
+    if what not in SETTING_UP:
+        _communicators[handle].claimed("collectives")
     _CALLS[what](handle, send, receive, numbers)

@@ -15,9 +15,7 @@ from torch import Tensor
 
 from ascend.emulator import graphs, log, memory
 from ascend.emulator.kernels import KERNELS, attention
-from ascend.emulator.limits import Refused
-
-FP8 = {dtype for name in dir(torch) if isinstance(dtype := getattr(torch, name), torch.dtype) and "float8" in name}
+from ascend.emulator.limits import FP8, Refused
 
 # Metadata alone, or memory: torch_npu's own kernels do these.
 NATIVE = {
@@ -68,6 +66,7 @@ COMPUTED: dict[str, Callable[..., Any]] = KERNELS | {
 WORKSPACE = f"npu::_{attention.OP}_get_max_workspace"
 
 _libraries: dict[str, torch.library.Library] = {}
+_generators: dict[tuple[int, int], torch.Generator] = {}
 
 
 def install() -> None:
@@ -114,14 +113,10 @@ def _fallbacks(registered: set[str]) -> Iterator[str]:
     """Ops for which the card would copy everything to the host, compute there, and copy back."""
     has = torch._C._dispatch_has_kernel_for_dispatch_key
     for full_name in torch._C._dispatch_get_all_op_names():
-        if full_name.startswith("aten::") and full_name not in registered and has(full_name, "CPU"):
-            implicit = (
-                "CompositeImplicitAutograd",
-                "CompositeExplicitAutograd",
-                "CompositeExplicitAutogradNonFunctional",
-            )
-            if not any(has(full_name, key) for key in implicit):
-                yield full_name.removeprefix("aten::")
+        if not full_name.startswith("aten::") or full_name in registered or not has(full_name, "CPU"):
+            continue
+        if not any(has(full_name, key) for key in COMPOSITE):
+            yield full_name.removeprefix("aten::")
 
 
 def _no_kernel(name: str) -> Callable[..., Any]:
@@ -171,7 +166,10 @@ class _Kernel:
         if graphs.capturing():
             return graphs.record(self, args, kwargs, device)
         host_args, host_kwargs = self.on_host(args, kwargs)
-        return self.results(self.compute(*host_args, **host_kwargs), args, kwargs, device)
+        computed = self.compute(*host_args, **host_kwargs)
+        for index in self.written:
+            self._resize(self._argument(index, args, kwargs), self._argument(index, host_args, host_kwargs))
+        return self.results(computed, args, kwargs, device)
 
     def on_host(self, args: Any, kwargs: Any) -> tuple[Any, Any]:
         """Return the arguments with aliases in the place of `npu` tensors and the CPU in the place of the card."""
@@ -180,7 +178,19 @@ class _Kernel:
             host_kwargs["device"] = torch.device("cpu")
         if host_kwargs.get("pin_memory"):
             host_kwargs["pin_memory"] = False
+        if isinstance(generator := host_kwargs.get("generator"), torch.Generator):
+            host_kwargs["generator"] = _on_host(generator)
         return host_args, host_kwargs
+
+    def _argument(self, index: int, args: Any, kwargs: Any) -> Any:
+        return args[index] if index < len(args) else kwargs.get(self.arguments[index])
+
+    @staticmethod
+    def _resize(given: Any, host: Any) -> None:
+        """Give an ``out`` argument the shape that the CPU's kernel gave its alias."""
+        if isinstance(given, Tensor) and given.device.type == "npu" and given.shape != host.shape:
+            given.resize_(host.shape)
+            memory.alias(given).copy_(host)
 
     def results(self, computed: Any, args: Any, kwargs: Any, device: torch.device) -> Any:
         """Return what was computed as tensors of the card; an argument that was written to is returned itself."""
@@ -192,7 +202,7 @@ class _Kernel:
     def _result(self, index: int, computed: Any, args: Any, kwargs: Any, device: torch.device) -> Any:
         position = self.returned[index] if index < len(self.returned) else None
         if position is not None:
-            return args[position] if position < len(args) else kwargs[self.arguments[position]]
+            return self._argument(position, args, kwargs)
         if device.type == "cpu":
             return computed
         acl_format = getattr(computed, "acl_format", None)
@@ -206,6 +216,10 @@ class _Kernel:
         if any(one.dtype in FP8 for one in tensors):
             raise Refused(f"{self.name}: no op of the 910B computes in FP8")
         if not self.between_devices:
+            if any(one.dtype is torch.float64 and one.dim() and one.device.type == "npu" for one in tensors):
+                raise Refused(
+                    f"{self.name}: the card has no float64 in most ops, and computes in float32 without a word"
+                )
             host = [
                 one for one in tensors if one.device.type == "cpu" and not (self.takes_host_scalars and one.dim() == 0)
             ]
@@ -236,6 +250,16 @@ class _Kernel:
             yield f"{self.name} by a mask"
         elif self.base == "repeat_interleave" and kwargs.get("output_size") is None:
             yield self.name
+
+
+def _on_host(generator: torch.Generator) -> torch.Generator:
+    """The CPU's generator that stands for one of a card: seeded as it was when it is first met."""
+    if generator.device.type != "npu":
+        return generator
+    key = (id(generator), generator.initial_seed())
+    if key not in _generators:
+        _generators[key] = torch.Generator().manual_seed(generator.initial_seed())
+    return _generators[key]
 
 
 def _same_alias(argument: Any, result: Any) -> bool:

@@ -64,6 +64,7 @@ class Tape:
     """A graph under its number: its tasks in order; ``groups`` holds those whose host arguments may be replaced."""
 
     number: int
+    device: torch.device
     tasks: list[Task | Collective] = field(default_factory=list)
     groups: dict[int, slice] = field(default_factory=dict)
 
@@ -105,7 +106,9 @@ def _runtime() -> ctypes.CDLL:
 def record(kernel: Any, args: Any, kwargs: Any, device: torch.device) -> Any:
     """Put an op on the tape; return results that have a shape and, until a replay, no values."""
     host_args, host_kwargs = kernel.on_host(args, kwargs)
-    if "out" in kwargs:  # an npu op of this form writes there, whatever its schema says
+    if _capture is not None and device != _capture.device:
+        raise Refused(f"{kernel.name}: on {device} while a graph is captured on {_capture.device}")
+    if isinstance(kwargs.get("out"), list):  # an npu op of this form writes there, whatever its schema says
         _put(Task(kernel, host_args, host_kwargs, None))
         return tuple(kwargs["out"])
     meta_args, meta_kwargs = memory.replaced(args, _shape_alone), memory.replaced(kwargs, _shape_alone)
@@ -160,7 +163,7 @@ def _on_collective(what: bytes, handle: int | None, send: int | None, receive: i
 
 def _begin(_: int) -> int:
     global _capture
-    _capture = Tape(next(_numbers))
+    _capture = Tape(next(_numbers), torch.device("npu", torch.accelerator.current_device_index()))
     return 0
 
 

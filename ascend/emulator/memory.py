@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ascend.emulator.limits import Refused
+from ascend.emulator.limits import FRACTAL_NZ as NZ
+from ascend.emulator.limits import ND, Refused
 
-ND, NZ = 2, 29
 NZ_DTYPES = (torch.float16, torch.bfloat16, torch.int8)
 CONTAINERS = (Tensor, list, tuple)
 _MOST_ALIASES = 50_000

@@ -67,6 +67,10 @@ ATEN: dict[str, Callable[[Tensor, Tensor], Any]] = {
     "matmul": lambda a, b: a @ b.T,
     "a view is written through": lambda a, b: (a[1:3].mul_(2), a)[1],
     "out": lambda a, b: torch.add(a, b, out=torch.empty_like(a)),
+    "out, made larger": lambda a, b: torch.add(a, b, out=torch.empty(0, device=a.device)),
+    "two outs": lambda a, b: torch.max(
+        a, 1, out=(torch.empty(4, device=a.device), torch.empty(4, device=a.device).long())
+    )[0],
     "strides": lambda a, b: a.T.contiguous() + b.T,
     "several results": lambda a, b: torch.cat(list(torch.sort(a, dim=1, stable=True)[:1]) + list(b.split(2))),
     "reduction": lambda a, b: (a * b).sum(0).softmax(-1),
@@ -102,6 +106,7 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
         "npu::npu_rms_norm: expected all tensors on npu:0",
     ),
     "two cards": (lambda: torch.ones(2, device=CARD) + torch.ones(2, device=OTHER), "npu:0 and npu:1"),
+    "float64": (lambda: torch.ones(2, device=CARD, dtype=torch.float64) * 2, "no float64"),
     "FP8": (lambda: torch.ones(2, device=CARD).to(torch.float8_e4m3fn).float(), "FP8"),
     "an npu op the emulator lacks": (
         lambda: npu_ops().npu_fast_gelu(torch.ones(2, device=CARD)),

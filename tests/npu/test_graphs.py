@@ -73,6 +73,21 @@ def test_nothing_may_wait_for_the_device_while_capturing(wait: str) -> None:
     assert (x + 1).tolist() == [2.0, 2.0]  # the capture is over
 
 
+def test_another_card_has_no_place_in_a_capture() -> None:
+    x, other, graph = torch.ones(2, device=CARD), torch.ones(2, device="npu:2"), torch.npu.NPUGraph()
+    with pytest.raises(RuntimeError, match="on npu:2 while a graph is captured on npu:0"), torch.npu.graph(graph):
+        _ = (x + 1, other + 1)
+
+
+def test_out_arguments_are_captured() -> None:
+    x, out, graph = torch.ones(2, device=CARD), torch.zeros(2, device=CARD), torch.npu.NPUGraph()
+    with torch.npu.graph(graph):
+        torch.add(x, x, out=out)
+    assert out.tolist() == [0.0, 0.0]
+    graph.replay()
+    assert out.tolist() == [2.0, 2.0]
+
+
 def attention(q: Tensor, k: Tensor, lengths: list[int]) -> Tensor:
     return torch.ops.npu.npu_fused_infer_attention_score(
         q, k, k, num_heads=2, num_key_value_heads=1, scale=0.1, input_layout="BSND", actual_seq_lengths_kv=lengths

@@ -70,6 +70,26 @@ def test_greedy_tokens_in_fp32_are_those_of_the_cpu(capture: bool, padded: bool,
     assert seen.ops.count("graph::replay") == (11 if capture else 0)
 
 
+def test_another_card_than_the_current_one_captures_and_samples(tmp_path: Path) -> None:
+    path = tiny.checkpoint(tmp_path, **SHAPE)
+    model = ascend.load_model(path, "npu:1")
+    assert torch.npu.current_device() == 0
+    expected = ascend.generate(ascend.load_model(path), ids(2, 9), 6)
+    assert torch.equal(ascend.generate(model, ids(2, 9).to("npu:1"), 6, capture=True).cpu(), expected)
+    drawn = [ascend.generate(model, ids(2, 9).to("npu:1"), 6, temperature=1.5, seed=seed).cpu() for seed in (1, 1, 2)]
+    assert torch.equal(drawn[0], drawn[1])
+    assert not torch.equal(drawn[0], drawn[2])
+
+
+def test_a_mask_without_padding_costs_nothing(tmp_path: Path) -> None:
+    path = tiny.checkpoint(tmp_path, dtype="bf16", **SHAPE)
+    model, prompt = ascend.load_model(path, CARD), ids(2, 9).to(CARD)
+    with log.recording() as seen:
+        with_mask = model(prompt, attention_mask=torch.ones_like(prompt))
+    assert torch.equal(with_mask, model(prompt))
+    assert "aten::masked_fill.Scalar" not in seen.ops
+
+
 def rounding(path: Path, dtype: str, quantise: str | None, device: str) -> Tensor:
     """How far each token's logits lie from the exact ones, as a share of their size."""
     exact = ascend.load_model(path, dtype="float32")(ids())
@@ -130,6 +150,18 @@ def test_expert_weights_lie_in_the_cubes_format(tmp_path: Path) -> None:
     experts = ascend.load_model(path, CARD).model.layers[1].mlp.experts
     assert torch.ops.npu.get_npu_format(experts.gate_up) == torch.ops.npu.get_npu_format(experts.down) == 29
     assert experts.gate_up.shape == (8, 128, 128)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "width", "words"),
+    [
+        ("float32", 64, "bf16 or fp16 alone; give dtype='bfloat16'"),
+        ("bfloat16", 96, "whole 64s, not 96 wide on a rank"),
+    ],
+)
+def test_what_the_card_cannot_quantise_is_refused(dtype: str, width: int, words: str, tmp_path: Path) -> None:
+    path = tiny.checkpoint(tmp_path, **SHAPE | {"moe_intermediate_size": width})
+    assert words in tiny.user_error(ascend.load_model, path, CARD, dtype, quantise="w8a8")
 
 
 def test_a_model_that_was_moved_there_is_refused(tmp_path: Path) -> None:

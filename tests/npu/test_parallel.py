@@ -25,7 +25,7 @@ from ops.process_group import Group
 from tests import tiny
 from tests.ranks import RankError, Ranks
 from tests.test_expert_parallel import TOLERANCE, Case, cases
-from tests.test_parallel import Mesh, parallel_of
+from tests.test_parallel import COPIES, Mesh, parallel_of
 
 H, I = 32, 16  # noqa: E741
 SHAPE = {"head_dim": 64, "hidden_size": 128, "moe_intermediate_size": 64, "num_attention_heads": 8}
@@ -64,11 +64,21 @@ def experts_of(group: Group, case: Case, gate_up: Tensor, down: Tensor) -> Exper
     return module
 
 
+_twins: dict[int, Group] = {}
+
+
+def mc2_group(group: Group) -> Group:
+    """A communicator for MC2 alone, made once on each rank."""
+    if id(group) not in _twins:
+        _twins[id(group)] = group.twin()
+    return _twins[id(group)]
+
+
 def _error(group: Group, case: Case) -> float:
     x, weight, chosen, gate_up, down = tensors(case, group.size)
     r = group.rank
     expected = reference.moe_experts(x[r].float(), weight[r], chosen[r], gate_up.float(), down.float())
-    parallel = ExpertParallel(group, case.slots, 1, case.strategy)
+    parallel = ExpertParallel(group, case.slots, 1, case.strategy, None, mc2_group(group))
     there = (x[r].npu(), weight[r].npu(), chosen[r].int().npu())
     counts = list(case.counts) if case.told and not case.replicated else None
     out = parallel(*there, experts_of(group, case, gate_up, down), case.replicated, counts)
@@ -106,7 +116,7 @@ def _ops_of_mc2(group: Group) -> tuple[list[str], list[str], bool]:
     case = Case(3, torch.bfloat16, "mc2", False, (4, 2), True, 3, 2, 6)
     x, weight, chosen, gate_up, down = tensors(case, group.size)
     experts, r = experts_of(group, case, gate_up, down), group.rank
-    parallel = ExpertParallel(group, case.slots, 1, "mc2")
+    parallel = ExpertParallel(group, case.slots, 1, "mc2", None, mc2_group(group))
     seen = []
     for _ in range(2):
         with log.recording() as step:
@@ -170,16 +180,30 @@ def test_a_card_that_is_lost_is_named() -> None:
     assert "rank 1 of 2 is gone" in failure.message
 
 
-MESHES = [Mesh(2, 2, 2), Mesh(2, 1, 2), Mesh(2, 2, 1), Mesh(2, 1, 2, "mc2"), Mesh(2, 2, 2, "all_to_all")]
+MESHES = [
+    Mesh(2, 2, 2, "auto", COPIES),
+    Mesh(2, 1, 1),
+    Mesh(2, 2, 1, "all_gather"),
+    Mesh(2, 2, 2),
+    Mesh(2, 1, 2),
+    Mesh(2, 2, 1),
+    Mesh(2, 1, 2, "mc2"),
+    Mesh(2, 2, 2, "all_to_all"),
+]
 
 
 def _model(group: Group, path: Path, mesh: Mesh, dtype: str) -> tuple[Tensor, Tensor, list[str]]:
     parallel = parallel_of(group, mesh)
     model = ascend.load_model(path, f"npu:{group.rank}", dtype, parallel=parallel)
-    ids = torch.randint(0, 300, (1, 9), generator=torch.Generator().manual_seed(1)).npu()
+    # Streams of tokens of their own have different lengths.
+    ids = prompt(group.rank if mesh.tensor == 1 else 0).npu()
     with log.recording() as seen:
         logits = model(ids)
     return logits.cpu(), ascend.generate(model, ids, 5, capture=mesh.strategy == "all_reduce").cpu(), seen.ops
+
+
+def prompt(stream: int) -> Tensor:
+    return torch.randint(0, 300, (1, 9), generator=torch.Generator().manual_seed(1))[:, 2 * stream :]
 
 
 @pytest.mark.parametrize("mesh", [*MESHES, Mesh(2, 2, 2, "all_reduce")], ids=str)
@@ -187,9 +211,9 @@ def test_the_whole_model_on_two_cards(two: Ranks, mesh: Mesh, tmp_path: Path) ->
     dtype = "bfloat16" if mesh.strategy == "mc2" else "float32"
     path = tiny.checkpoint(tmp_path, **SHAPE)
     whole = ascend.load_model(path, dtype=dtype)
-    ids = torch.randint(0, 300, (1, 9), generator=torch.Generator().manual_seed(1))
-    expected, tokens = whole(ids), ascend.generate(whole, ids, 5)
-    for logits, generated, seen in two.call(_model, path, mesh, dtype):
+    for rank, (logits, generated, seen) in enumerate(two.call(_model, path, mesh, dtype)):
+        ids = prompt(rank if mesh.tensor == 1 else 0)
+        expected, tokens = whole(ids), ascend.generate(whole, ids, 5)
         if dtype == "float32":
             assert (logits - expected).abs().max() <= 1e-4 * expected.abs().max()
             assert torch.equal(generated, tokens)
@@ -206,7 +230,7 @@ def test_the_whole_model_at_tp2_ep2_on_four_cards(tmp_path: Path) -> None:
     whole = ascend.load_model(path)
     ids = torch.randint(0, 300, (1, 9), generator=torch.Generator().manual_seed(1))
     with Ranks(4, 120.0, "hccl") as four:
-        for mesh in (Mesh(4, 2, 2), Mesh(4, 4, 2), Mesh(4, 2, 4)):
+        for mesh in (Mesh(4, 2, 2), Mesh(4, 4, 2), Mesh(4, 2, 4), Mesh(4, 4, 4, "all_reduce")):
             for logits, generated, _ in four.call(_model, path, mesh, "float32"):
                 assert (logits - whole(ids)).abs().max() <= 1e-4 * whole(ids).abs().max()
                 assert torch.equal(generated, ascend.generate(whole, ids, 5))

@@ -21,6 +21,7 @@ def row_ranges(op: str, group_list: Tensor | None, kind: int, groups: int, rows:
     require_dtype(op, "group_list", group_list, torch.int64)
     require_dim(op, "group_list", group_list, 2 if kind == PAIRS else 1)
     require_shape(op, "group_list", group_list, [groups, 2] if kind == PAIRS else [groups])
+    require(kind != COUNT or groups > 1, op, "group_list has length 1 as counts; the op's page forbids it")
     if kind == PAIRS:
         group, count = (column.tolist() for column in group_list.unbind(1))
     else:

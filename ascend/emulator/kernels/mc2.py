@@ -34,7 +34,7 @@ def by_name(name: str) -> Any:
     """The emulator's communicator of that HCCL name: ``rank``, ``size`` and ``all_to_all(tensors)``."""
     from ascend.emulator import communicator
 
-    return communicator.by_name(name)
+    return communicator.by_name(name).claimed("MC2")
 
 
 def npu_moe_distribute_dispatch_v2(
