@@ -56,6 +56,7 @@ SYNCHRONISING = {
     "unique_dim",
 }
 BETWEEN_DEVICES = {"copy_", "_copy_from", "_copy_from_and_resize", "_to_copy"}
+OFFSET = 4  # by which an op moves a generator on: offsets are multiples of it
 COMPOSITE = ("CompositeImplicitAutograd", "CompositeExplicitAutograd", "CompositeExplicitAutogradNonFunctional")
 
 COMPUTED: dict[str, Callable[..., Any]] = KERNELS | {
@@ -66,7 +67,6 @@ COMPUTED: dict[str, Callable[..., Any]] = KERNELS | {
 WORKSPACE = f"npu::_{attention.OP}_get_max_workspace"
 
 _libraries: dict[str, torch.library.Library] = {}
-_generators: dict[tuple[int, int], torch.Generator] = {}
 
 
 def install() -> None:
@@ -253,13 +253,12 @@ class _Kernel:
 
 
 def _on_host(generator: torch.Generator) -> torch.Generator:
-    """The CPU's generator that stands for one of a card: seeded as it was when it is first met."""
+    """A generator of the CPU for one op: it depends on the card's seed and offset, and moves the offset on."""
     if generator.device.type != "npu":
         return generator
-    key = (id(generator), generator.initial_seed())
-    if key not in _generators:
-        _generators[key] = torch.Generator().manual_seed(generator.initial_seed())
-    return _generators[key]
+    offset = generator.get_offset()
+    generator.set_offset(offset + OFFSET)
+    return torch.Generator().manual_seed((generator.initial_seed() * 1_000_003 + offset) % 2**63)
 
 
 def _same_alias(argument: Any, result: Any) -> bool:
