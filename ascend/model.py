@@ -109,12 +109,13 @@ class Gate(nn.Module):
 class MoE(nn.Module):
     """Routed experts plus, where there are any, the shared ones that see every token."""
 
-    def __init__(self, config: BailingMoeV2Config, parallel: Parallel) -> None:
+    def __init__(self, config: BailingMoeV2Config, layer: int, parallel: Parallel) -> None:
         super().__init__()
         slots, total = parallel.local_slots(config.num_experts), parallel.numbers(config.num_experts)
         width = len(parallel.expert_width(config.moe_intermediate_size))
         shared_width = len(parallel.share(config.shared_intermediate_size))
         self.parallel, self.mixture = parallel, parallel.mixture(config.num_experts)
+        self.placement = parallel.placed(layer)
         self.copies: tuple[Tensor, Tensor] | None = None  # where each expert's slots are, if not simply in order
         self.gate = Gate(config)
         self.experts = Experts(len(slots), config.hidden_size, width, slots.start, total)
@@ -124,8 +125,8 @@ class MoE(nn.Module):
         """``[B, T, H]`` → ``[B, T, H]``; ``counts`` as in `Step`."""
         x_TH = x_BTH.flatten(0, -2)
         weight_TK, expert_TK = self.gate(x_TH)
-        if self.parallel.placement is not None:
-            expert_TK = self._slots_of(self.parallel.placement, expert_TK)
+        if self.placement is not None:
+            expert_TK = self._slots_of(self.placement, expert_TK)
         shared_TH = None if self.shared_experts is None else self.shared_experts(x_TH)
         out_TH = self.parallel.mix(self.mixture, x_TH, weight_TK, expert_TK, self.experts, shared_TH, counts)
         return out_TH.view_as(x_BTH)
@@ -147,7 +148,7 @@ class DecoderLayer(nn.Module):
         self.attention = Attention(config, layer, parallel)
         self.post_attention_layernorm = Weight(config.hidden_size)
         if config.is_moe_layer(layer):
-            self.mlp: MoE | MLP = MoE(config, parallel)
+            self.mlp: MoE | MLP = MoE(config, layer, parallel)
         else:
             self.mlp = MLP(config.hidden_size, len(parallel.share(config.intermediate_size)), parallel.tensor)
 

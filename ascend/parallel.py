@@ -11,7 +11,7 @@ blocks of whole experts, and within a block by their width. With one tensor grou
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -32,14 +32,15 @@ if TYPE_CHECKING:
 class Parallel:
     """The groups of a rank; ``Parallel()`` is one process alone.
 
-    placement: which expert each slot holds, on as many ranks as there are blocks (`ops.placement`); None: each expert
-    once, in order. strategy: how tokens and experts meet, a name of `ops.expert_parallel.STRATEGIES` or "auto".
+    placement: which expert each slot holds, on as many ranks as there are blocks (`ops.placement`), for all layers or
+    by layer; None: each expert once, in order. strategy: how tokens and experts meet, a name of
+    `ops.expert_parallel.STRATEGIES` or "auto".
     """
 
     world: Group = field(default_factory=Group)
     tensor: Group = field(default_factory=Group)
     experts: int = 1
-    placement: Placement | None = None
+    placement: Placement | Mapping[int, Placement] | None = None
     strategy: str = "auto"
     facts: DeviceFacts | None = None
     mc2_group: Group | None = None
@@ -51,7 +52,7 @@ class Parallel:
         world: Group,
         tensor: int,
         experts: int,
-        placement: Placement | None = None,
+        placement: Placement | Mapping[int, Placement] | None = None,
         strategy: str = "auto",
         facts: DeviceFacts | None = None,
     ) -> Parallel:
@@ -81,12 +82,7 @@ class Parallel:
     def check(self, config: BailingMoeV2Config) -> None:
         """Raise `UserError` if the model does not divide so."""
         self.mixture(config.num_experts)
-        placed = self.placement
-        if placed is not None and (placed.num_experts, placed.ranks) != (config.num_experts, self.experts):
-            raise UserError(
-                f"the placement is of {placed.num_experts} experts on {placed.ranks} ranks, "
-                f"not {config.num_experts} on {self.experts}"
-            )
+        self._check_placement(config)
         tensor, N, G = self.tensor.size, config.num_attention_heads, config.num_key_value_heads
         wholes = (
             ("num_attention_heads", N, tensor),
@@ -100,6 +96,24 @@ class Parallel:
                 raise UserError(f"{name} {value} does not divide into {parts} ranks")
         if G % tensor and tensor % G:
             raise UserError(f"num_key_value_heads {G} does not divide into {tensor} ranks, nor they into it")
+
+    def _check_placement(self, config: BailingMoeV2Config) -> None:
+        layers = config.num_hidden_layers + config.num_nextn_predict_layers
+        for layer in filter(config.is_moe_layer, range(layers)):
+            if isinstance(self.placement, Mapping) and layer not in self.placement:
+                raise UserError(
+                    f"the placement has layers {sorted(self.placement)}, and none for the experts of {layer}"
+                )
+            placed = self.placed(layer)
+            if placed is None:
+                continue
+            if (placed.num_experts, placed.ranks) != (config.num_experts, self.experts):
+                raise UserError(
+                    f"the placement is of {placed.num_experts} experts on {placed.ranks} ranks, "
+                    f"not {config.num_experts} on {self.experts}"
+                )
+            if len(placed.slots) != self.slots(config.num_experts):
+                raise UserError(f"the placement of layer {layer} has {len(placed.slots)} slots, that of others has not")
 
     # What of the model is this rank's
 
@@ -125,16 +139,24 @@ class Parallel:
         part, shard = width // self.width_shards, self.world.rank % self.width_shards
         return range(shard * part, (shard + 1) * part)
 
+    def placed(self, layer: int) -> Placement | None:
+        """Where the experts of a layer are; None: in order."""
+        return self.placement[layer] if isinstance(self.placement, Mapping) else self.placement
+
     def slots(self, num_experts: int) -> int:
-        """Slots of all ranks: more than there are experts where some have copies."""
-        return num_experts if self.placement is None else len(self.placement.slots)
+        """Slots of all ranks, in every layer alike: more than there are experts where some have copies."""
+        placement = self.placement
+        if isinstance(placement, Mapping):
+            placement = next(iter(placement.values()), None)
+        return num_experts if placement is None else len(placement.slots)
 
     def numbers(self, num_experts: int) -> int:
-        """Slot numbers that the ops are told of: one more than there are where ranks hold all and share the width.
+        """Slot numbers that the ops are told of: one more than there are, nobody's, where tokens may be padded with it.
 
-        Tokens that pad a rank's own then have a number that is nobody's.
+        That is so where ranks hold all experts and share their width, and do not simply add up what they have.
         """
-        return self.slots(num_experts) + int(self.experts == 1 and self.world.size > 1)
+        adds_up = self.replicated and self.strategy in ("auto", "all_reduce")
+        return self.slots(num_experts) + int(self.experts == 1 and not adds_up)
 
     def local_slots(self, num_experts: int) -> range:
         """This rank's slots among those of all ranks."""
@@ -142,10 +164,10 @@ class Parallel:
         block = self.world.rank // self.width_shards
         return range(block * count, (block + 1) * count)
 
-    def local_experts(self, num_experts: int) -> list[int]:
+    def local_experts(self, num_experts: int, layer: int) -> list[int]:
         """The expert in each of this rank's slots."""
-        local = self.local_slots(num_experts)
-        return [slot if self.placement is None else self.placement.slots[slot] for slot in local]
+        placed = self.placed(layer)
+        return [slot if placed is None else placed.slots[slot] for slot in self.local_slots(num_experts)]
 
     # What the ranks do together
 

@@ -57,9 +57,13 @@ def checkpoint_pieces(model: BailingMoeV2ForCausalLM) -> Iterator[Piece]:
             yield from _mlp(prefix, leaf, parameter.data, width)
         else:
             width = model.parallel.expert_width(model.config.moe_intermediate_size)
-            experts = model.parallel.local_experts(model.config.num_experts)
+            experts = model.parallel.local_experts(model.config.num_experts, _layer(name))
             for expert, weight in zip(experts, parameter.data, strict=True):
                 yield from _mlp(f"{prefix}.{expert}", leaf, weight, width)
+
+
+def _layer(name: str) -> int:
+    return int(name.split(".layers.")[1].partition(".")[0])
 
 
 def _mlp(prefix: str, leaf: str, weight: Tensor, width: range) -> Iterator[Piece]:

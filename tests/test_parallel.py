@@ -12,11 +12,12 @@ import torch
 from torch import Tensor
 
 import ascend
+from ascend import expert_loads
 from ascend.config import BailingMoeV2Config
 from ascend.model import BailingMoeV2ForCausalLM
 from ascend.parallel import Parallel
 from ascend.pieces import checkpoint_pieces
-from ops.placement import Placement, balance
+from ops.placement import Placement, balance, contiguous, read_loads, write_loads
 from ops.process_group import Group
 from tests import tiny
 from tests.ranks import Ranks
@@ -26,6 +27,12 @@ TOLERANCE = 1e-5  # of the largest logit, in fp32
 SHAPE = {"use_qkv_bias": True, "use_bias": True, "norm_head": True}
 # Expert 5 twice and expert 0 twice: ten slots for eight experts.
 COPIES = Placement((5, 0, 1, 2, 3, 5, 4, 6, 7, 0), 8, 2)
+# Another one for each layer with experts: the model's second and third, and the MTP layer.
+BY_LAYER = {
+    1: COPIES,
+    2: Placement((7, 6, 5, 4, 3, 2, 1, 0, 0, 1), 8, 2),
+    3: Placement((0, 1, 2, 3, 3, 4, 5, 6, 7, 7), 8, 2),
+}
 
 
 @dataclass(frozen=True)
@@ -36,17 +43,17 @@ class Mesh:
     tensor: int
     experts: int
     strategy: str = "auto"
-    placement: Placement | None = None
+    placement: Placement | dict[int, Placement] | None = None
 
     def __str__(self) -> str:
-        copies = "" if self.placement is None else ", copies"
+        copies = "" if self.placement is None else ", copies by layer" if self.placement is BY_LAYER else ", copies"
         return f"{self.ranks} ranks, tensor {self.tensor}, experts {self.experts}, {self.strategy}{copies}"
 
 
 STRATEGIES = ("all_reduce", "all_gather", "all_to_all")
 TWO = [Mesh(2, *shape) for shape in ((2, 1), (2, 2), (1, 2))]
 TWO += [Mesh(2, tensor, 2, strategy) for tensor in (1, 2) for strategy in STRATEGIES]
-TWO += [Mesh(2, tensor, 2, "auto", COPIES) for tensor in (1, 2)]
+TWO += [Mesh(2, tensor, 2, "auto", placement) for tensor in (1, 2) for placement in (COPIES, BY_LAYER)]
 FOUR = [Mesh(4, tensor, experts) for tensor in (1, 2, 4) for experts in (1, 2, 4)]
 FOUR += [Mesh(4, 2, 2, strategy) for strategy in STRATEGIES] + [Mesh(4, 4, 2, "all_to_all", COPIES)]
 EIGHT = [Mesh(8, 4, 8), Mesh(8, 2, 4, "all_to_all"), Mesh(8, 4, 4, "all_gather")]
@@ -191,7 +198,7 @@ def test_strategies_that_cannot_be_are_refused_with_a_suggestion(checkpoint: Pat
     assert "mc2 cannot be used here: it is for ranks on NPUs" in tiny.user_error(load, "mc2")
 
 
-def _refusal(group: Group, path: Path, tensor: int, experts: int, placement: Placement | None) -> str:
+def _refusal(group: Group, path: Path, tensor: int, experts: int, placement: Any) -> str:
     try:
         ascend.load_model(path, parallel=Parallel.mesh(group, tensor, experts, placement))
     except ascend.errors.UserError as error:
@@ -205,10 +212,12 @@ def _refusal(group: Group, path: Path, tensor: int, experts: int, placement: Pla
         (3, 4, None, "tensor=3 does not divide the 4 ranks"),
         (4, 3, None, "experts=3 does not divide the 4 ranks"),
         (4, 4, COPIES, "the placement is of 8 experts on 2 ranks, not 8 on 4"),
+        (4, 2, {1: COPIES, 2: COPIES}, "the placement has layers [1, 2], and none for the experts of 3"),
+        (4, 2, BY_LAYER | {2: contiguous(8, 2)}, "the placement of layer 2 has 8 slots, that of others has not"),
     ],
 )
 def test_what_does_not_divide_is_refused(
-    four: Ranks, checkpoint: Path, tensor: int, experts: int, placement: Placement | None, words: str
+    four: Ranks, checkpoint: Path, tensor: int, experts: int, placement: Any, words: str
 ) -> None:
     assert all(words in answer for answer in four.call(_refusal, checkpoint, tensor, experts, placement))
 
@@ -256,5 +265,29 @@ def test_a_placement_of_measured_loads_divides_them() -> None:
     for rank in range(2):
         parallel = Parallel.mesh(Imagined(rank, 2), 2, 2, placement)
         parallel.check(config)
-        assert parallel.local_experts(8) == list(placement.on_rank(rank))
+        assert parallel.local_experts(8, 1) == list(placement.on_rank(rank))
     assert placement.imbalance(loads) < 1.1
+
+
+def test_recorded_loads_become_a_placement(checkpoint: Path, tmp_path: Path) -> None:
+    model = ascend.load_model(checkpoint)
+    chosen: dict[int, list[Tensor]] = {}
+    for layer in (1, 2, 3):
+        gate = model.model.layers[layer].mlp.gate
+        gate.register_forward_hook(lambda _, __, out, layer=layer: chosen.setdefault(layer, []).append(out[1]))
+    with torch.inference_mode(), expert_loads.recording(model) as loads:
+        model.mtp_logits(prompts(3))
+        model(prompts(2))
+    model(prompts(1))  # no longer counted
+    assert set(loads) == {1, 2, 3}
+    for layer, counts in loads.items():
+        seen = torch.cat([one.flatten() for one in chosen[layer]][: 2 if layer < 3 else 1])
+        assert counts.tolist() == [int((seen == expert).sum()) for expert in range(8)]
+    write_loads(tmp_path / "loads.json", {layer: counts.tolist() for layer, counts in loads.items()})
+    read = read_loads(tmp_path / "loads.json", 8)
+    placement = {layer: balance(load, ranks=2, slots_per_rank=5) for layer, load in read.items()}
+    parallel = Parallel.mesh(Imagined(0, 2), 2, 2, placement)
+    parallel.check(model.config)
+    assert all(
+        one.imbalance(read[layer]) <= contiguous(8, 2).imbalance(read[layer]) for layer, one in placement.items()
+    )
