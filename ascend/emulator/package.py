@@ -60,7 +60,8 @@ def _pip(command: str, *arguments: str) -> None:
         check=False,
     )
     if result.returncode:
-        said = [line for line in result.stderr.splitlines() if "ERROR" in line] or ["no reason given"]
+        lines = result.stderr.strip().splitlines() or ["no reason given"]
+        said = [line for line in lines if "ERROR" in line] or lines[-1:]
         raise UserError(
             f"pip could not {command} {arguments[-1]}: {said[0].removeprefix('ERROR: ')}; check the network or "
             "PIP_INDEX_URL, or set PIP_NO_INDEX=1 and PIP_FIND_LINKS to a directory that holds the wheel"

@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from torch import Tensor
 
 import ascend
-from ascend.emulator import active, log
+from ascend.emulator import log
 from ascend.weights import Experts
 from ops import expert_parallel, reference
 from ops.expert_parallel import STRATEGIES, ExpertParallel
@@ -33,8 +33,6 @@ SHAPE = {"head_dim": 64, "hidden_size": 128, "moe_intermediate_size": 64, "num_a
 
 @pytest.fixture(scope="module")
 def two() -> Iterator[Ranks]:
-    if not active():
-        pytest.skip("needs the emulated cards: tests/run.sh npu")
     with Ranks(2, 60.0, "hccl") as ranks:
         yield ranks
 
@@ -99,8 +97,6 @@ def test_two_cards(two: Ranks, case: Case) -> None:
 
 @pytest.mark.slow
 def test_eight_cards() -> None:
-    if not active():
-        pytest.skip("needs the emulated cards: tests/run.sh npu")
     counts = (5, 0, 3, 8, 1, 1, 0, 7)
     with Ranks(8, 120.0, "hccl") as eight:
         for strategy in STRATEGIES:
@@ -169,8 +165,6 @@ def _reduce(group: Group) -> list[float]:
 
 
 def test_a_card_that_is_lost_is_named() -> None:
-    if not active():
-        pytest.skip("needs the emulated cards: tests/run.sh npu")
     with Ranks(2, 8.0, "hccl") as pair:
         assert pair.call(_reduce) == [[2.0, 2.0]] * 2
         pair.signal(1, signal.SIGKILL)
@@ -224,8 +218,6 @@ def test_the_whole_model_on_two_cards(two: Ranks, mesh: Mesh, tmp_path: Path) ->
 
 @pytest.mark.slow
 def test_the_whole_model_at_tp2_ep2_on_four_cards(tmp_path: Path) -> None:
-    if not active():
-        pytest.skip("needs the emulated cards: tests/run.sh npu")
     path = tiny.checkpoint(tmp_path, **SHAPE)
     whole = ascend.load_model(path)
     ids = torch.randint(0, 300, (1, 9), generator=torch.Generator().manual_seed(1))
