@@ -184,7 +184,7 @@ def test_lost_rank_is_named(how: signal.Signals, when: str) -> None:
 def _mesh_work(group: Group, stay_away: int) -> None:
     """0 waits for 1, and 1 waits in another group for 3, which stays away; then 0 and 2 could meet, and must not."""
     rows, columns = group.split([[0, 1], [2, 3]]), group.split([[0, 2], [1, 3]])
-    group.barrier()
+    group.all_gather_ints([0])
     if group.rank == stay_away:
         time.sleep(1.5 * TIMEOUT)
     try:
@@ -262,4 +262,5 @@ def test_rank_that_does_not_come_to_the_start_is_named(rank: int, missing: str) 
     begun = time.monotonic()
     with pytest.raises(RankLost, match=f"^{missing} did not come"):
         start(rank, 2, "127.0.0.1", free_port(), "gloo", join_timeout=0.5)
-    assert time.monotonic() - begun < 2
+    # The store's client waits between its tries, longer each time.
+    assert time.monotonic() - begun < 10
