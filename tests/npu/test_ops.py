@@ -243,6 +243,21 @@ def test_attention_by_a_mask(seed: int, dtype: torch.dtype, tokens: int, rows: l
     close(run_there(case, normed=True, by_lengths=False), run_here(case, normed=True), roundings=6)
 
 
+def test_slots_that_are_not_given_are_worked_out() -> None:
+    case = attention_case(0, BF16, 3, 64, [(0, 9), (2, 5)])
+    G, S, D = case["k"].shape[1:]
+    qkv, length = case["qkv"].to(CARD), case["length"].to(CARD)
+    shared = layout.step(*there(*case["angle"]), length, S, None, D, BF16)
+    assert shared.slots is not None
+    written = []
+    for slots in (shared.slots, None):
+        k, v = (layout.cache((2, G, S, D), BF16, qkv.device) for _ in range(2))
+        ops.rope_to_cache(qkv, None, None, shared.cos, shared.sin, k, v, length, 1e-6, slots)
+        written.append((k.cpu(), v.cpu()))
+    assert written[0][0].any()
+    assert all(torch.equal(given, found) for given, found in zip(*written, strict=True))
+
+
 def test_padding_gives_zero_and_unwritten_slots_do_not_leak() -> None:
     case = attention_case(0, BF16, 4, 64, [(0, 9), (6, 2)])
     case["length"][1] = 8  # two of the four queries lie before the row's first token
