@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 import re
+import subprocess
 import sys
 from abc import ABC, abstractmethod
-from collections.abc import Callable, MutableMapping
+from collections.abc import Callable, MutableMapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 
 Result = TypeVar("Result")
 
+TOOL_SECONDS = 5.0  # after which a vendor's tool that hangs is given up
 WARM_UPS = 3  # runs on a side stream before a capture, as PyTorch's CUDA graph notes do; lazy set-up happens in them
 
 
@@ -147,6 +149,14 @@ class Device(ABC):
     def quantised_formats(self, index: int | None = None) -> tuple[str, ...]:
         """Return the quantised checkpoint formats the card computes in, named as `python -m convert` names them."""
 
+    def software(self) -> dict[str, str]:
+        """Return the versions below torch that decide speed and results (driver, CANN), as far as files tell them."""
+        return {}
+
+    def watts(self, index: int | None = None) -> float | None:
+        """Return what the card draws now, as the vendor's tool reads it; None where nothing tells."""
+        return None
+
     @abstractmethod
     def activate(self) -> None:
         """Make this card the current one of the process."""
@@ -264,6 +274,16 @@ class Accelerator(Device):
             with api.graph(graph, pool=pool, stream=side):
                 result = fn()
         return Replay(graph, result)
+
+
+def number_from(command: Sequence[str], pattern: str) -> float | None:
+    """Return the number that ``pattern``'s group finds in what a vendor's tool prints; None where it does not run."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=TOOL_SECONDS, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    found = re.search(pattern, done.stdout)
+    return float(found.group(1)) if found else None
 
 
 def last_line(error: BaseException) -> str:

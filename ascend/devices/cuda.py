@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from ascend.devices.base import Accelerator, Problem, last_line
+from ascend.devices.base import Accelerator, Problem, last_line, number_from
 
 # The oldest driver of each CUDA major release (docs.nvidia.com/deploy/cuda-compatibility, minor version
 # compatibility). It explains a failure and never decides one: NVIDIA's forward compatibility packages run newer
@@ -25,6 +25,17 @@ class CudaDevice(Accelerator):
         """Return INT8 and INT4 formats, and FP8 where the tensor cores have it."""
         has_fp8 = self._api().get_device_capability(self._at(index)) >= FP8_CAPABILITY
         return ("fp8", "w8a8", "w4a16") if has_fp8 else ("w8a8", "w4a16")
+
+    def software(self) -> dict[str, str]:
+        """Return the driver's version and the CUDA release that torch is built with."""
+        driver, cuda = self._driver(), self._torch_cuda()
+        return ({"driver": driver} if driver else {}) | ({"cuda": cuda} if cuda else {})
+
+    def watts(self, index: int | None = None) -> float | None:
+        """Return the card's draw by its UUID, since CUDA_VISIBLE_DEVICES may renumber the cards."""
+        uuid = f"GPU-{self._api().get_device_properties(self._at(index)).uuid}"
+        query = ("nvidia-smi", f"--id={uuid}", "--query-gpu=power.draw", "--format=csv,noheader,nounits")
+        return number_from(query, r"([\d.]+)")
 
     def why_unavailable(self) -> Problem | None:
         """Return the first thing missing, from the driver up to torch; torch is imported only if none is."""
@@ -71,6 +82,11 @@ class CudaDevice(Accelerator):
         built = re.search(r"^cuda\b[^=\n]*=\s*'([\d.]+)'", text, re.MULTILINE)
         return built.group(1) if built else None
 
+    def _driver(self) -> str | None:
+        """Return the driver's version ("580.159.04") as the kernel tells it, None where it does not."""
+        found = re.search(r"Kernel Module.*?\s(\d+\.[\d.]+)", self.host.text("/proc/driver/nvidia/version"))
+        return found.group(1) if found else None
+
     def _start(self) -> Problem | None:
         try:
             api = self._api()
@@ -85,10 +101,10 @@ class CudaDevice(Accelerator):
     def start_failure(self, detail: str) -> Problem:
         """Return why torch could not start CUDA: the driver's age if it is too old, else ``detail``, torch's words."""
         cuda = self._torch_cuda() or ""
-        driver = re.search(r"Kernel Module.*?\s(\d+)(\.[\d.]+)", self.host.text("/proc/driver/nvidia/version"))
+        found = self._driver()
         oldest = OLDEST_DRIVER.get(int(cuda.split(".")[0])) if cuda[:1].isdigit() else None
-        if driver and oldest and int(driver.group(1)) < oldest:
-            found, torch = "".join(driver.groups()), self.host.package("torch").version
+        if found and oldest and int(found.split(".")[0]) < oldest:
+            torch = self.host.package("torch").version
             return Problem(
                 f"the NVIDIA driver {found} is too old for torch {torch}: CUDA {cuda} needs driver {oldest} or newer",
                 "update the driver, or install a torch built for an older CUDA",

@@ -6,7 +6,7 @@ import re
 from itertools import pairwise, takewhile
 from typing import Any
 
-from ascend.devices.base import Accelerator, Problem, last_line
+from ascend.devices.base import Accelerator, Problem, last_line, number_from
 
 # torch-npu by the torch it is built for: the pairs this project is run with.
 TORCH_NPU = {"2.10.0": "2.10.0.post4", "2.13.0": "2.13.0"}
@@ -20,6 +20,8 @@ SET_ENV = (
     "{home}/Ascend/cann/set_env.sh",
     "{home}/Ascend/ascend-toolkit/set_env.sh",
 )
+DRIVER_VERSION = "/usr/local/Ascend/driver/version.info"
+CANN_VERSION = ("version.cfg", "ascend_toolkit_install.info", "compiler/version.info")  # older and newer layouts
 CONTAINER = "--device /dev/davinci0 --device /dev/davinci_manager --device /dev/devmm_svm --device /dev/hisi_hdc"
 
 
@@ -33,6 +35,23 @@ class NpuDevice(Accelerator):
     def quantised_formats(self, index: int | None = None) -> tuple[str, ...]:
         """Return INT8 and INT4 formats: no op of the 910B computes in FP8."""
         return ("w8a8", "w4a16")
+
+    def software(self) -> dict[str, str]:
+        """Return the driver's version from its installer's file, and CANN's from the toolkit that is sourced."""
+        found: dict[str, str] = {}
+        toolkit = self.host.environ.get("ASCEND_HOME_PATH", "")
+        for name, files in (("driver", (DRIVER_VERSION,)), ("cann", [f"{toolkit}/{file}" for file in CANN_VERSION])):
+            texts = (re.search(r"(?im)^version\s*=\s*\[?([\w.]+)", self.host.text(file)) for file in files)
+            version = next((text.group(1) for text in texts if text), None)
+            found |= {name: version} if version else {}
+        return found
+
+    def watts(self, index: int | None = None) -> float | None:
+        """Return the card's draw; npu-smi counts all cards, ASCEND_RT_VISIBLE_DEVICES may have renumbered them."""
+        visible = re.findall(r"\d+", self.host.environ.get("ASCEND_RT_VISIBLE_DEVICES", ""))
+        card = self._at(index)
+        shown = int(visible[card]) if card < len(visible) else card
+        return number_from(("npu-smi", "info", "-t", "power", "-i", str(shown)), r"Power[^:\n]*\(W\)\s*:\s*([\d.]+)")
 
     def why_unavailable(self) -> Problem | None:
         """Return the first thing missing, from Python's side down to the card; torch is imported only if none is."""

@@ -1,0 +1,286 @@
+"""The result file of `perf decode`, `ops` and `serve`: one JSON document, and all of its fields are in this file.
+
+``{"schema": 1, "kind": "decode", "run": {…}, "settings": {…}, "rows": [{…}, …]}``: what was measured and where
+(`Run`), how (the kind's settings), and one row per measured point. `KINDS` has settings and rows of each kind. A file
+with a field that is not here, or without one that is, is refused (`read`); ``python -m perf schema`` prints all of it
+as JSON Schema. Numbers are never NaN; what is unknown is null. Times are seconds, memory is bytes, rates per second.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, ClassVar
+
+from ascend.errors import UserError, suggest
+
+SCHEMA = 1
+
+
+class Strict:
+    """What pydantic reads: unknown fields are refused, and nothing is turned into another type."""
+
+    __pydantic_config__: ClassVar[Any] = {"extra": "forbid", "strict": True}
+
+
+@dataclass(frozen=True)
+class Machine(Strict):
+    """Where it ran. ``device`` as its driver names it, of which ``cards`` took part; host: the processor beside it.
+
+    emulated: an Ascend card in software; its times say nothing. software: driver, CANN, CUDA, as far as they say.
+    memory_bytes: of one card (or what the process may use of the host's).
+    """
+
+    device: str
+    device_type: str
+    emulated: bool
+    cards: int
+    memory_bytes: int | None
+    software: dict[str, str]
+    host: str
+    cores: int
+    system: str
+
+
+@dataclass(frozen=True)
+class Model(Strict):
+    """What ran. architecture_sha256: of the config without what precision and place change (`perf.machine`).
+
+    weights: "random", or the SHA-256 of samples of the files (`perf.machine.weights_sha256`), null if they were not at
+    hand. precision: bf16, fp32, fp8, w8a8, w4a16 … layers: how many decoder layers took part of those there are.
+    """
+
+    name: str
+    architecture_sha256: str | None
+    weights: str | None
+    precision: str
+    layers: int | None
+    num_hidden_layers: int | None
+
+
+@dataclass(frozen=True)
+class Run(Strict):
+    """Who measured: command, date (UTC), commit of the checkout ("+changes" if it had any), seed, clock, versions."""
+
+    command: str
+    date: str
+    commit: str | None
+    seed: int
+    clock: str
+    versions: dict[str, str]
+    machine: Machine
+    model: Model
+
+
+@dataclass(frozen=True)
+class DecodeSettings(Strict):
+    """Of `perf decode`. prompt_length, new_tokens: of each generation; threads: of the CPU; captured: as a graph."""
+
+    prompt_length: int
+    new_tokens: int
+    rounds: int
+    threads: int | None
+    captured: bool
+
+
+@dataclass(frozen=True)
+class DecodeRow(Strict):
+    """One engine at one batch size.
+
+    step_seconds: seconds of one decode step, one value a round. read_rate: bytes per second that a plain read reached
+    in the same rounds, on the same device; sheet_rate: what the vendor says. bytes_per_step, flops_per_step: the fewest
+    (`ascend.cost`), at ``context`` tokens a row. share_of_read_rate, share_of_sheet: bytes_per_step over the time, of
+    those rates. memory_bytes: the engine's, at its most. watts: mean of all cards while it decoded.
+    """
+
+    engine: str
+    version: str
+    batch: int
+    context: int
+    step_seconds: list[float]
+    tokens_per_second: float
+    bytes_per_step: float
+    flops_per_step: float
+    read_rate: list[float]
+    share_of_read_rate: float
+    sheet_rate: float | None
+    share_of_sheet: float | None
+    memory_bytes: int | None
+    watts: float | None
+
+
+@dataclass(frozen=True)
+class OpsSettings(Strict):
+    """Of `perf ops`. walked_bytes: weights that are walked through in turn, at least, so that no cache holds them."""
+
+    rounds: int
+    threads: int | None
+    captured: bool
+    walked_bytes: int
+
+
+@dataclass(frozen=True)
+class OpsRow(Strict):
+    """One op, as one implementation does it, at one size.
+
+    sizes: the letters of its shapes. copies: sets of weights that were walked through. call_seconds: seconds of one
+    call, one value a round. bytes, flops: the fewest of one call. read_rate, matmul_rate: measured in the same rounds.
+    """
+
+    op: str
+    implementation: str
+    precision: str
+    sizes: dict[str, int]
+    copies: int
+    call_seconds: list[float]
+    bytes: float
+    flops: float
+    read_rate: list[float]
+    matmul_rate: list[float]
+    share_of_read_rate: float
+    share_of_matmul_rate: float
+
+
+@dataclass(frozen=True)
+class ServeSettings(Strict):
+    """Of `perf serve`. workload_sha256: of all prompts' token ids and answer lengths, the same at two sites or not.
+
+    client: the load client and its version. engine: what the server says it is. service_level: milliseconds by
+    ``ttft``, ``tpot``, ``e2el`` that a request must keep to count as good.
+    """
+
+    engine: str
+    client: str
+    workload: str
+    workload_sha256: str
+    requests: int
+    input_tokens: int
+    output_tokens: int
+    service_level: dict[str, float]
+
+
+@dataclass(frozen=True)
+class ServeRow(Strict):
+    """One run of the load client. One of max_concurrency (closed loop) and request_rate (open loop) is set.
+
+    result: what the client reported, its own keys (`vllm bench serve`'s), without texts. watts: as in `DecodeRow`.
+    """
+
+    max_concurrency: int | None
+    request_rate: float | None
+    repeat: int
+    result: dict[str, Any]
+    watts: float | None
+
+
+KINDS: dict[str, tuple[type, type]] = {
+    "decode": (DecodeSettings, DecodeRow),
+    "ops": (OpsSettings, OpsRow),
+    "serve": (ServeSettings, ServeRow),
+}
+
+
+@dataclass(frozen=True)
+class Result:
+    """One result file."""
+
+    kind: str
+    run: Run
+    settings: Any
+    rows: list[Any]
+
+
+def document(result: Result) -> dict[str, Any]:
+    """Return the result as it stands in the file."""
+    head = {"schema": SCHEMA, "kind": result.kind, "run": asdict(result.run), "settings": asdict(result.settings)}
+    made: dict[str, Any] = finite(head | {"rows": [asdict(row) for row in result.rows]})
+    return made
+
+
+def write(file: Path, result: Result) -> None:
+    """Write the file, mode 0640, whole or not at all. Raises `UserError` where it cannot be."""
+    write_text(file, json.dumps(document(result), indent=1, allow_nan=False) + "\n")
+
+
+def write_text(file: Path, text: str) -> None:
+    """Write any text file as `write` does."""
+    part = file.with_name(f".{file.name}.{os.getpid()}.part")
+    try:
+        part.write_text(text, encoding="utf-8")
+        part.chmod(0o640)
+        part.replace(file)
+    except OSError as error:
+        raise UserError(f"{file}: cannot be written ({error.strerror})") from None
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def read(file: Path) -> Result:
+    """Read a result file. Raises `UserError` that names the first field that is unknown, missing or of a wrong type."""
+    try:
+        loaded = json.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{file}: cannot be read ({error.strerror})") from None
+    except ValueError as error:
+        raise UserError(f"{file}: not JSON ({error})") from None
+    return parse(loaded, str(file))
+
+
+def parse(loaded: Any, where: str) -> Result:
+    """Check a loaded document and make a `Result` of it; ``where`` names it in errors."""
+    if not isinstance(loaded, dict) or not {"schema", "kind", "run", "settings", "rows"} <= set(loaded):
+        raise UserError(f"{where}: not a result of `perf`: schema, kind, run, settings or rows is missing")
+    for key in set(loaded) - {"schema", "kind", "run", "settings", "rows"}:
+        raise UserError(f"{where}: unknown field '{key}'")
+    if loaded["schema"] != SCHEMA:
+        raise UserError(f"{where}: schema {loaded['schema']!r}, this version reads {SCHEMA}; measure again")
+    if loaded["kind"] not in KINDS:
+        raise UserError(f"{where}: unknown kind {loaded['kind']!r}{suggest(str(loaded['kind']), KINDS)}")
+    settings, row = KINDS[loaded["kind"]]
+    if not isinstance(loaded["rows"], list) or not loaded["rows"]:
+        raise UserError(f"{where}: it holds no rows: nothing was measured")
+    return Result(
+        loaded["kind"],
+        _checked(Run, loaded["run"], f"{where}: run"),
+        _checked(settings, loaded["settings"], f"{where}: settings"),
+        [_checked(row, one, f"{where}: rows.{index}") for index, one in enumerate(loaded["rows"])],
+    )
+
+
+def json_schema() -> dict[str, Any]:
+    """Return the schema of all kinds as JSON Schema, by kind."""
+    from pydantic import TypeAdapter
+
+    run = TypeAdapter(Run).json_schema()
+    return {
+        kind: {"run": run, "settings": TypeAdapter(settings).json_schema(), "rows": TypeAdapter(row).json_schema()}
+        for kind, (settings, row) in KINDS.items()
+    }
+
+
+def _checked(kind: type, value: Any, where: str) -> Any:
+    try:
+        from pydantic import TypeAdapter, ValidationError
+    except ImportError:
+        raise UserError("reading result files needs pydantic 2: pip install pydantic") from None
+    try:
+        return TypeAdapter(kind).validate_json(json.dumps(value))  # strict: from Python it would ask for instances
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False)[0]
+        name = ".".join(str(part) for part in first["loc"])
+        if first["type"] == "unexpected_keyword_argument":
+            known = {field.name for part in (kind, Machine, Model) for field in fields(part)}
+            raise UserError(f"{where}.{name}: unknown field{suggest(name.split('.')[-1], known)}") from None
+        raise UserError(f"{where}.{name}: {first['msg'].lower()}") from None
+
+
+def finite(value: Any) -> Any:
+    """JSON has no NaN and no infinity: null in their place, at any depth."""
+    if isinstance(value, dict):
+        return {key: finite(one) for key, one in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [finite(one) for one in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
