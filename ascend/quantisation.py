@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -53,14 +53,19 @@ def quantise_model(model: BailingMoeV2ForCausalLM, to: str) -> None:
     if model.quantised or model.model.laid_out:
         raise UserError("only a model as it was loaded can be quantised: give `quantise` to `ascend.load_model`")
     for layer in model.model.layers:
-        attention, mlp = layer.attention, layer.mlp
-        if not isinstance(mlp, MLP):
-            mlp.experts = mlp.experts.quantised(to)
-        if to != "w8a8":
-            continue
-        attention.query_key_value, attention.dense = attention.query_key_value.quantised(), attention.dense.quantised()
-        if isinstance(mlp, MLP):
-            layer.mlp = mlp.quantised()
-        elif mlp.shared_experts is not None:
-            mlp.shared_experts = mlp.shared_experts.quantised()
+        quantise_layer(layer, to)
     model.quantised = to
+
+
+def quantise_layer(layer: Any, to: str) -> None:
+    """Round the weights of one `DecoderLayer` as `quantise_model` does all."""
+    attention, mlp = layer.attention, layer.mlp
+    if not isinstance(mlp, MLP):
+        mlp.experts = mlp.experts.quantised(to)
+    if to != "w8a8":
+        return
+    attention.query_key_value, attention.dense = attention.query_key_value.quantised(), attention.dense.quantised()
+    if isinstance(mlp, MLP):
+        layer.mlp = mlp.quantised()
+    elif mlp.shared_experts is not None:
+        mlp.shared_experts = mlp.shared_experts.quantised()

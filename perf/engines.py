@@ -1,74 +1,161 @@
-"""The engines that `perf decode` compares, each in a process of its own: `python -m perf.engines NAME …` is a worker.
+"""The engines that `perf decode` compares: this project's, and its peers on the same shapes. `perf.worker` runs one.
 
-A worker loads the model, prints one JSON line when it is ready, and answers every request line (``batch``,
-``prompt_length``, ``new_tokens``) with the seconds that one whole generation took. Greedy, no stop token.
+A model directory that holds only a ``config.json`` means random weights, made where they are used.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
-import sys
-import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+from ascend.checkpoint import read_config
+from ascend.errors import UserError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from ascend.generation import Decoder
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What an engine is started with. ``device`` is torch's name; ``capture``: decode as a graph, if it has any."""
+
+    model: Path
+    device: str
+    dtype: str
+    quantise: str | None
+    threads: int
+    max_batch: int
+    max_length: int
+    capture: bool
+    seed: int
+
+    @property
+    def random(self) -> bool:
+        """Whether the weights are made up."""
+        return not any(self.model.glob("*.safetensors"))
 
 
 class Engine(ABC):
     """One engine with one model, and how it generates."""
 
     version: str
+    captured = False  # whether its decode step is a replayed graph, as far as is known
 
     @abstractmethod
     def generate(self, prompts: list[list[int]], new_tokens: int) -> int:
-        """Generate exactly ``new_tokens`` for each prompt; return how many tokens came out in all."""
+        """Generate exactly ``new_tokens`` for each prompt; return how many tokens came out in all, all of them done."""
+
+    def distinct_experts(self, prompts: list[list[int]]) -> float | None:
+        """Return how many experts of a layer a decode step of these prompts hits, mean of the layers; None: unknown."""
+        return None
 
 
 class Lean(Engine):
-    """`ascend.generate` on the checkpoint."""
+    """This project's lean engine. Batches keep their cache and graph, so that a generation captures nothing anew."""
 
-    def __init__(self, args: argparse.Namespace) -> None:
-        import ascend
-
-        self.version = f"ascend {ascend.__version__}"
-        self.model = ascend.load_model(args.model, args.device, args.dtype)
-
-    def generate(self, prompts: list[list[int]], new_tokens: int) -> int:
-        """See `Engine.generate`."""
+    def __init__(self, setting: Setting) -> None:
         import torch
 
         import ascend
+        from ascend.config import BailingMoeV2Config
+        from ascend.devices import get_device
+
+        self.version, self.setting = f"ascend {ascend.__version__}", setting
+        self.device = get_device(setting.device)
+        self.device.activate()
+        self.captured = setting.capture and self.device.captures_graphs
+        if setting.random:
+            from ascend.random_weights import random_model
+
+            config, dtype = BailingMoeV2Config(**read_config(setting.model)), getattr(torch, setting.dtype)
+            quantise, seed = setting.quantise, setting.seed
+            self.model = random_model(config, setting.device, dtype, quantise=quantise, seed=seed)
+        else:
+            self.model = ascend.load_model(setting.model, setting.device, setting.dtype, quantise=setting.quantise)
+        self.decoders: dict[tuple[int, int], Decoder] = {}
+
+    def generate(self, prompts: list[list[int]], new_tokens: int) -> int:
+        """See `Engine.generate`. Greedy; the host waits for nothing until the end."""
+        import torch
+
+        with torch.inference_mode():
+            decoder = self._prefilled(prompts)
+            token_B = self._logits.argmax(-1)
+            made = [token_B]
+            for _ in range(new_tokens - 1):
+                token_B = decoder.step(token_B).argmax(-1)
+                made.append(token_B)
+            return torch.stack(made).cpu().numel()
+
+    def distinct_experts(self, prompts: list[list[int]]) -> float | None:
+        """See `Engine.distinct_experts`. Counted in one step that is not a graph's."""
+        import torch
+
+        from ascend.expert_loads import recording
+        from ascend.generation import Decoder
 
         ids = torch.tensor(prompts, device=self.model.device)
-        return (ascend.generate(self.model, ids, new_tokens).shape[1] - ids.shape[1]) * len(prompts)
+        with torch.inference_mode():
+            decoder = Decoder(self.model, ids, None, 1)
+            token_B = decoder.prefill().argmax(-1)
+            with recording(self.model) as loads:
+                decoder.step(token_B)
+        hit = [int((count > 0).sum()) for count in loads.values()]
+        return sum(hit) / len(hit) if hit else None
+
+    def _prefilled(self, prompts: list[list[int]]) -> Decoder:
+        import torch
+
+        from ascend.generation import Decoder
+
+        ids = torch.tensor(prompts, device=self.model.device)
+        shape = (len(prompts), len(prompts[0]))
+        decoder = self.decoders.get(shape)
+        if decoder is None:
+            self.decoders.clear()  # one batch in memory at a time
+            longest = self.setting.max_length - shape[1]
+            decoder = self.decoders[shape] = Decoder(self.model, ids, None, longest, self.captured)
+        else:
+            decoder.restart(ids)
+        self._logits: Tensor = decoder.prefill()
+        return decoder
 
 
 class Vllm(Engine):
-    """The real vLLM on the checkpoint, prefix cache off, otherwise as it comes."""
+    """The real vLLM, prefix cache off, otherwise as it comes; random weights are its own "dummy" ones."""
 
-    def __init__(self, args: argparse.Namespace) -> None:
+    def __init__(self, setting: Setting) -> None:
         os.environ |= {
             "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
             "VLLM_LOGGING_LEVEL": "ERROR",
             "VLLM_NO_USAGE_STATS": "1",
             "DO_NOT_TRACK": "1",
             "HF_HUB_OFFLINE": "1",
-            "VLLM_CPU_KVCACHE_SPACE": "2",
-            # Without it the engine leaves a core idle on small machines.
-            "VLLM_CPU_OMP_THREADS_BIND": f"0-{args.threads - 1}",
         }
+        if setting.device == "cpu":
+            # Without the second it leaves a core idle on small machines.
+            bound = f"0-{setting.threads - 1}"
+            os.environ |= {"VLLM_CPU_KVCACHE_SPACE": "2", "VLLM_CPU_OMP_THREADS_BIND": bound}
+        if setting.quantise is not None:
+            raise UserError("engine vllm: it quantises no model in memory; give it a converted checkpoint")
         import vllm
 
         self.version = f"vllm {vllm.__version__}"
         self.llm = vllm.LLM(
-            args.model,
-            dtype=args.dtype,
-            max_model_len=1024,
-            max_num_seqs=args.max_batch,
+            str(setting.model),
+            dtype=setting.dtype,  # type: ignore[arg-type]
+            max_model_len=max(1024, setting.max_length),
+            max_num_seqs=setting.max_batch,
             enable_prefix_caching=False,
+            skip_tokenizer_init=True,
+            load_format="dummy" if setting.random else "auto",
         )
 
     def generate(self, prompts: list[list[int]], new_tokens: int) -> int:
@@ -82,17 +169,19 @@ class Vllm(Engine):
 
 
 class Transformers(Engine):
-    """transformers' `Glm4MoeForCausalLM`: the nearest architecture in the library, same shapes, random weights."""
+    """transformers' `Glm4MoeForCausalLM`: the same architecture under other names, same shapes, random weights."""
 
-    def __init__(self, args: argparse.Namespace) -> None:
+    def __init__(self, setting: Setting) -> None:
         import torch
         import transformers
 
+        if setting.quantise is not None:
+            raise UserError("engine transformers: it runs unquantised only")
         self.version = f"transformers {transformers.__version__}"
-        torch.manual_seed(0)
-        with torch.device(args.device):
-            model = transformers.Glm4MoeForCausalLM(glm4_moe_config(Path(args.model)))
-        self.model = model.to(getattr(torch, args.dtype)).eval()
+        torch.manual_seed(setting.seed)
+        torch.set_default_dtype(getattr(torch, setting.dtype))  # never twice the memory
+        with torch.device(setting.device):
+            self.model = transformers.Glm4MoeForCausalLM(glm4_moe_config(setting.model)).eval()
 
     def generate(self, prompts: list[list[int]], new_tokens: int) -> int:
         """See `Engine.generate`."""
@@ -105,7 +194,7 @@ class Transformers(Engine):
 
 
 def glm4_moe_config(path: Path) -> Any:
-    """Return the `Glm4MoeConfig` of the same shapes as the checkpoint's."""
+    """Return the `Glm4MoeConfig` of the same shapes as the model directory's."""
     from transformers import Glm4MoeConfig
 
     config = json.loads((path / "config.json").read_text())
@@ -126,46 +215,8 @@ def glm4_moe_config(path: Path) -> Any:
     )
 
 
-ENGINES: dict[str, Callable[[argparse.Namespace], Engine]] = {
+ENGINES: dict[str, Callable[[Setting], Engine]] = {
     "lean": Lean,
     "vllm": Vllm,
     "transformers": Transformers,
 }
-
-
-def main() -> None:
-    """Serve requests from standard input until it closes."""
-    parser = argparse.ArgumentParser()
-    parser.add_argument("name", choices=ENGINES)
-    parser.add_argument("--model", required=True)
-    parser.add_argument("--device", required=True)
-    parser.add_argument("--dtype", required=True)
-    parser.add_argument("--threads", type=int, required=True)
-    parser.add_argument("--max-batch", type=int, required=True)
-    args = parser.parse_args()
-    # Engines print to standard output as they like; the answers get a descriptor of their own.
-    answers = os.fdopen(os.dup(1), "w", buffering=1)
-    os.dup2(2, 1)
-    os.environ.setdefault("OMP_NUM_THREADS", str(args.threads))
-    engine = ENGINES[args.name](args)
-    import torch
-
-    if args.name != "vllm":
-        torch.set_num_threads(args.threads)
-    print(json.dumps({"engine": args.name, "version": engine.version, "torch": torch.__version__}), file=answers)
-    vocabulary = json.loads((Path(args.model) / "config.json").read_text())["vocab_size"]
-    for line in sys.stdin:
-        request = json.loads(line)
-        generator = torch.Generator().manual_seed(request["seed"])
-        shape = (request["batch"], request["prompt_length"])
-        prompts = torch.randint(vocabulary, shape, generator=generator).tolist()
-        start = time.perf_counter()
-        made = engine.generate(prompts, request["new_tokens"])
-        seconds = time.perf_counter() - start
-        if made != request["batch"] * request["new_tokens"]:
-            raise RuntimeError(f"{args.name} made {made} tokens for {request}")
-        print(json.dumps({"seconds": seconds}), file=answers)
-
-
-if __name__ == "__main__":
-    main()

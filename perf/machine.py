@@ -10,6 +10,7 @@ import shlex
 import subprocess
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from datetime import datetime, timezone
 from importlib import metadata
 from pathlib import Path
@@ -18,6 +19,7 @@ from typing import Any
 from ascend.checkpoint import open_checkpoint
 from ascend.devices.base import Device
 from ascend.devices.cpu import CpuDevice
+from ascend.model_shape import ModelShape
 from perf.result import Machine, Model, Run
 
 ROOT = Path(__file__).resolve().parent.parent

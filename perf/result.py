@@ -51,6 +51,7 @@ class Model(Strict):
 
     weights: "random", or the SHA-256 of samples of the files (`perf.machine.weights_sha256`), null if they were not at
     hand. precision: bf16, fp32, fp8, w8a8, w4a16 … layers: how many decoder layers took part of those there are.
+    shape: the sizes that limits are computed from (`ascend.model_shape`), null where the config was not at hand.
     """
 
     name: str
@@ -59,6 +60,7 @@ class Model(Strict):
     precision: str
     layers: int | None
     num_hidden_layers: int | None
+    shape: dict[str, int | bool | None] | None
 
 
 @dataclass(frozen=True)
@@ -91,9 +93,11 @@ class DecodeRow(Strict):
     """One engine at one batch size.
 
     step_seconds: seconds of one decode step, one value a round. read_rate: bytes per second that a plain read reached
-    in the same rounds, on the same device; sheet_rate: what the vendor says. bytes_per_step, flops_per_step: the fewest
-    (`ascend.cost`), at ``context`` tokens a row. share_of_read_rate, share_of_sheet: bytes_per_step over the time, of
-    those rates. memory_bytes: the engine's, at its most. watts: mean of all cards while it decoded.
+    in the same rounds, on the same device; sheet_rate: what the vendor says. distinct_experts: of a layer that a step
+    hit, as this project's engine counted, null where it did not take part (uniform routing is then assumed).
+    bytes_per_step, flops_per_step: the fewest (`ascend.cost`), at ``context`` tokens a row. share_of_read_rate,
+    share_of_sheet: bytes_per_step over the time, of those rates. memory_bytes: the engine's, at its most. watts: mean
+    of all cards while it decoded.
     """
 
     engine: str
@@ -102,6 +106,7 @@ class DecodeRow(Strict):
     context: int
     step_seconds: list[float]
     tokens_per_second: float
+    distinct_experts: float | None
     bytes_per_step: float
     flops_per_step: float
     read_rate: list[float]
@@ -146,10 +151,11 @@ class OpsRow(Strict):
 
 @dataclass(frozen=True)
 class ServeSettings(Strict):
-    """Of `perf serve`. workload_sha256: of all prompts' token ids and answer lengths, the same at two sites or not.
+    """Of `perf serve`. workload_sha256: of the first requests' token ids and lengths, the same at two sites or not.
 
-    client: the load client and its version. engine: what the server says it is. service_level: milliseconds by
-    ``ttft``, ``tpot``, ``e2el`` that a request must keep to count as good.
+    client: the load client and its version. engine: what the server says it is. requests: of all rows together;
+    input_tokens, output_tokens: of a request, mean. service_level: milliseconds by ``ttft``, ``tpot``, ``e2el`` that a
+    request must keep to count as good.
     """
 
     engine: str
@@ -166,12 +172,14 @@ class ServeSettings(Strict):
 class ServeRow(Strict):
     """One run of the load client. One of max_concurrency (closed loop) and request_rate (open loop) is set.
 
-    result: what the client reported, its own keys (`vllm bench serve`'s), without texts. watts: as in `DecodeRow`.
+    prompts_sha256: of all token ids, lengths and arrival times that were sent in this run. result: what the client
+    reported, its own keys (`vllm bench serve`'s), without texts. watts: as in `DecodeRow`.
     """
 
     max_concurrency: int | None
     request_rate: float | None
     repeat: int
+    prompts_sha256: str
     result: dict[str, Any]
     watts: float | None
 

@@ -1,0 +1,58 @@
+"""Reading command lines: what argparse would answer with its usage gets one line and a suggestion instead."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import NoReturn
+
+from ascend.errors import UserError, suggest
+
+
+class Parser(argparse.ArgumentParser):
+    """An `argparse.ArgumentParser` whose complaints are `UserError`, without abbreviations of flags."""
+
+    def __init__(self, command: str, description: str) -> None:
+        super().__init__(prog=f"python -m perf {command}", description=description, allow_abbrev=False)
+
+    def error(self, message: str) -> NoReturn:
+        """Raise what argparse complains of."""
+        raise UserError(f"{message}; see {self.prog} --help")
+
+    def read(self, argv: Sequence[str]) -> argparse.Namespace:
+        """Parse the arguments. Raises `UserError` that suggests a known flag for an unknown one."""
+        args, unknown = self.parse_known_args(argv)
+        if unknown:
+            known = [option for action in self._actions for option in action.option_strings]
+            hint = suggest(unknown[0].split("=")[0], known)
+            raise UserError(f"unknown argument '{unknown[0]}'{hint}; see {self.prog} --help")
+        return args
+
+
+def numbers(flag: str, text: str) -> list[int]:
+    """Read "1,8,32": different whole numbers of at least 1. Raises `UserError` for anything else."""
+    try:
+        found = [int(part) for part in text.split(",")]
+    except ValueError:
+        found = []
+    if not found or min(found) < 1 or len(set(found)) < len(found):
+        raise UserError(f"{flag} '{text}' is not a list of different whole numbers from 1, such as 1,8,32")
+    return found
+
+
+def names(flag: str, text: str, known: Iterable[str]) -> list[str]:
+    """Read "a,b": different ones of ``known``. Raises `UserError` for anything else."""
+    known, found = list(known), text.split(",")
+    for name in found:
+        if name not in known:
+            raise UserError(f"{flag}: unknown '{name}'{suggest(name, known)}; there is {', '.join(known)}")
+    if len(set(found)) < len(found):
+        raise UserError(f"{flag} '{text}' names one twice")
+    return found
+
+
+def out_file(flag: str, file: Path | None) -> None:
+    """Refuse a file that could not be written in the end, before anything is measured."""
+    if file is not None and (file.is_dir() or not file.absolute().parent.is_dir()):
+        raise UserError(f"{flag} {file}: " + ("is a directory" if file.is_dir() else "there is no such folder"))

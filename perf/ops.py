@@ -1,0 +1,184 @@
+"""`python -m perf ops`: each op of a decode step alone, against the memory's and the matrix units' measured rates.
+
+Every implementation walks through the same copies of weights, together larger than any cache, with the same choices of
+experts; implementations take turns within a round. Before it is timed, each must give what the definition gives. On a
+card a walk is captured as a graph, so that launches are not what is measured. Read `op_cases.py` for what is run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ascend.devices import get_device
+from ascend.devices.base import Device
+from ascend.errors import UserError
+from perf.arguments import Parser, numbers, out_file
+from perf.machine import describe, this_run
+from perf.models import open_model
+from perf.rates import matmul_rate, read_rate, seconds
+from perf.result import OpsRow, OpsSettings, Result, document, write
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from perf.op_cases import Case
+
+EXIT_WRONG = 1
+FORMATS = ("w8a8", "w4a16")
+CALLS, MOST_COPIES = 16, 512  # calls of a walk, at least; copies at most: a norm's weight comes from a cache anyway
+# By device: larger than its last-level caches together (H200: 60 MB of L2).
+WALKED_BYTES = {"cpu": 512 << 20, "cuda": 1 << 30, "npu": 1 << 30}
+# How far an implementation may be from ours, of the largest value: both round to the dtype, sums to a few more of it.
+TOLERANCE = {"bf16": 3e-2, "fp16": 5e-3, "fp32": 1e-4, "w8a8": 6e-2, "w4a16": 3e-2}
+
+
+def main(argv: Sequence[str]) -> int:
+    """Time the ops and print a table; returns 1 if one does not compute what its definition says."""
+    args = _parse(argv)
+    device = get_device(args.device)
+    import torch
+
+    from ascend.model_shape import ModelShape
+    from perf.op_cases import Place, cases
+
+    device.activate()
+    torch.set_num_threads(args.threads)
+    with tempfile.TemporaryDirectory(prefix="ops-") as scratch:
+        _, config, model = open_model(args.model, None, args.quantise or args.dtype, Path(scratch))
+    machine = describe(device)
+    if machine.emulated:
+        print("EMULATED CARD: every time below is this computer's, and says nothing of an Ascend card's speed")
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[args.dtype]
+    shape, rows = ModelShape.from_config(config), list[OpsRow]()
+    walked = args.walk_bytes or WALKED_BYTES[device.type] // (64 if machine.emulated else 1)
+    print(f"{machine.device}; {model.name}'s shapes; {args.rounds} rounds, walks of at least {walked / 1e6:.0f} MB")
+    _head()
+    with torch.inference_mode():
+        for tokens in args.tokens:
+            place = Place(device.torch_device, dtype, args.skew, torch.Generator().manual_seed(args.seed))
+            for case in cases(shape, place, tokens, args.context, args.quantise):
+                wrong = _measure(args, device, machine.emulated, case, walked, rows)
+                if wrong:
+                    print(f"WRONG: {case.op} {wrong}: nothing is reported", file=sys.stderr)
+                    return EXIT_WRONG
+    threads = args.threads if device.type == "cpu" else None
+    settings = OpsSettings(args.rounds, threads, _captures(args, device), walked)
+    result = Result("ops", this_run(["ops", *argv], args.seed, machine, model), settings, rows)
+    if args.out is not None:
+        write(args.out, result)
+    if args.json:
+        print(json.dumps(document(result), allow_nan=False))
+    return 0
+
+
+def _measure(
+    args: argparse.Namespace, device: Device, emulated: bool, case: Case, walked: int, rows: list[OpsRow]
+) -> str | None:
+    """Time one case and append its rows; returns what is wrong with an implementation, None if all are right."""
+    copies = [case.make() for _ in range(min(MOST_COPIES, -(-walked // int(case.copy_bytes))))]
+    walks: dict[str, Callable[[], Any]] = {}
+    count = max(CALLS, len(copies), min(MOST_COPIES, int(walked / case.nbytes)))
+    for name, call in case.calls.items():
+        try:
+            wrong = _difference(case, call(copies[0], 0), case.calls["ours"](copies[0], 0), name)
+        except (NotImplementedError, RuntimeError) as error:
+            if name == "ours":
+                raise
+            print(f"{case.op:<20} {name}: not on this device ({str(error).splitlines()[0][:80]})")
+            continue
+        if wrong:
+            return wrong
+        walk = _walk(call, copies, count)
+        walks[name] = device.capture(walk) if _captures(args, device) else walk
+    times: dict[str, list[float]] = {name: [] for name in walks}
+    rates = []
+    for number in range(args.rounds):
+        rates.append((read_rate(device, emulated), matmul_rate(device, "bfloat16", emulated)))
+        order = list(walks)[number % len(walks) :] + list(walks)[: number % len(walks)]
+        for name in order:
+            times[name].append(seconds(device, walks[name], passes=2) / count)
+    reads, products = ([rate[i] for rate in rates] for i in (0, 1))
+    for name, taken in times.items():
+        row = OpsRow(
+            op=case.op,
+            implementation=name,
+            precision=case.precision,
+            sizes=case.sizes,
+            copies=len(copies),
+            call_seconds=taken,
+            bytes=float(case.nbytes),
+            flops=float(case.flops),
+            read_rate=reads,
+            matmul_rate=products,
+            share_of_read_rate=_share(case.nbytes, taken, reads),
+            share_of_matmul_rate=_share(case.flops, taken, products),
+        )
+        rows.append(row)
+        _line(row, times["ours"])
+    return None
+
+
+def _walk(call: Callable[[Any, int], Tensor], copies: list[Any], count: int) -> Callable[[], None]:
+    def walk() -> None:
+        for i in range(count):
+            call(copies[i % len(copies)], i)
+
+    return walk
+
+
+def _captures(args: argparse.Namespace, device: Device) -> bool:
+    return device.captures_graphs and not args.eager
+
+
+def _share(amount: float, taken: list[float], rates: list[float]) -> float:
+    return statistics.median(amount / one / rate for one, rate in zip(taken, rates, strict=True))
+
+
+def _difference(case: Case, result: Tensor, ours: Tensor, name: str) -> str | None:
+    limit = TOLERANCE.get(case.precision, 3e-2)
+    found = float((result.float() - ours.float()).abs().max() / ours.float().abs().max())
+    return None if found <= limit else f"as {name} differs by {found:.1e} of its largest value, limit {limit:.0e}"
+
+
+def _head() -> None:
+    print(f"{'op':<20}{'sizes':<34}{'by':<11}{'µs':>9}{'min':>9}{'max':>9}{'of read':>9}{'of matmul':>10}{'ratio':>7}")
+
+
+def _line(row: OpsRow, ours: list[float]) -> None:
+    sizes = " ".join(f"{key}={value}" for key, value in row.sizes.items())
+    ratio = statistics.median(one / other for one, other in zip(row.call_seconds, ours, strict=True))
+    low, median, high = (1e6 * f(row.call_seconds) for f in (min, statistics.median, max))
+    shares = f"{row.share_of_read_rate:>9.0%}{row.share_of_matmul_rate:>10.0%}"
+    print(f"{row.op:<20}{sizes:<34}{row.implementation:<11}{median:>9.1f}{low:>9.1f}{high:>9.1f}{shares}{ratio:>7.2f}")
+
+
+def _parse(argv: Sequence[str]) -> argparse.Namespace:
+    parser = Parser("ops", "Each op of a decode step alone, against measured rates; ratio: times as slow as ours.")
+    parser.add_argument("--model", required=True, help="ling-flash, ling-mini, small, tiny, or a directory: its shapes")
+    parser.add_argument("--device", default="cpu", help="cpu, cuda[:i] or npu[:i]")
+    parser.add_argument("--tokens", default="1,8,32", help="rows decoded together, one or several")
+    parser.add_argument("--context", type=int, default=1024, help="tokens of each row in the cache")
+    parser.add_argument("--dtype", default="bf16", choices=("bf16", "fp16", "fp32"))
+    parser.add_argument("--quantise", choices=FORMATS)
+    parser.add_argument("--skew", type=float, default=0.0, help="of the experts' log-normal popularity; 0 is uniform")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), help="of the CPU")
+    parser.add_argument("--walk-bytes", type=int, help="weights to walk through; default: more than the caches hold")
+    parser.add_argument("--eager", action="store_true", help="capture no graphs")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, metavar="FILE", help="write the result file")
+    parser.add_argument("--json", action="store_true", help="end with one line of JSON")
+    args = parser.read(argv)
+    args.tokens = numbers("--tokens", args.tokens)
+    out_file("--out", args.out)
+    if min(args.context, args.rounds, args.threads, args.walk_bytes or 1) < 1 or args.skew < 0:
+        raise UserError("--context, --rounds, --threads and --walk-bytes must be at least 1, --skew at least 0")
+    return args
