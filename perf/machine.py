@@ -121,7 +121,13 @@ def weights_sha256(path: str | Path) -> str:
 def checkpoint_model(path: str | Path, precision: str) -> Model:
     """Describe a checkpoint directory's model, run at ``precision``."""
     config = open_checkpoint(path).config
-    layers = config["num_hidden_layers"]
-    return Model(
-        Path(path).resolve().name, architecture_sha256(config), weights_sha256(path), precision, layers, layers
-    )
+    return model_of(Path(path).resolve().name, config, weights_sha256(path), precision)
+
+
+def model_of(
+    name: str, config: Mapping[str, Any], weights: str | None, precision: str, layers: int | None = None
+) -> Model:
+    """Describe a model by its config, of which only the first ``layers`` layers may take part."""
+    whole = config["num_hidden_layers"]
+    shape = asdict(ModelShape.from_config(config))
+    return Model(name, architecture_sha256(config), weights, precision, layers or whole, whole, shape)

@@ -1,0 +1,148 @@
+"""When two systems may be compared: what must be equal, what may differ if one says so, and what is only remarked.
+
+A ratio of tokens per second means something only if both did the same work. What differs is therefore named, and no
+ratio is given, unless that very difference is what is being compared (``--across precision``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from perf.compare.systems import System
+
+# What `--across` may name, and why it matters otherwise.
+ACROSS = {
+    "precision": "another precision moves other bytes and gives other answers",
+    "weights": "other weights route tokens to other experts",
+    "versions": "another version of the engine on the same kind of device is another engine",
+    "threads": "another number of threads is another machine",
+}
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One difference between two systems. across: what `--across` must name for a ratio all the same; None: nothing."""
+
+    what: str
+    a: str
+    b: str
+    why: str
+    across: str | None = None
+
+    def __str__(self) -> str:
+        return f"{self.what}: {self.a} against {self.b} ({self.why})"
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """Of two systems: why there is no ratio, what was allowed to differ, what else differs and may explain a ratio."""
+
+    refused: list[Finding]
+    allowed: list[Finding]
+    remarks: list[str]
+
+    @property
+    def comparable(self) -> bool:
+        """Whether ratios may be given."""
+        return not self.refused
+
+
+def judge(a: System, b: System, across: Iterable[str] = ()) -> Judgement:
+    """Say whether ``b`` may be compared with ``a``, across the differences that are named."""
+    found = [*_hard(a, b), *_soft(a, b)]
+    names = set(across)
+    allowed = [one for one in found if one.across in names]
+    return Judgement([one for one in found if one not in allowed], allowed, _remarks(a, b))
+
+
+def _hard(a: System, b: System) -> list[Finding]:
+    """Differences that no ratio survives."""
+    found = []
+    for system in (a, b):
+        if system.run is not None and system.run.machine.emulated:
+            reason = "an emulated card computes on this computer's processor: its times say nothing"
+            found.append(Finding("emulated", _yes_no(a), _yes_no(b), reason))
+            break
+    if {a.tool, b.tool} & {"perf decode"} and a.tool != b.tool:
+        found.append(Finding("tool", a.tool, b.tool, "one times an engine's step, the other a server's answers"))
+    for key in dict.fromkeys((*a.settings, *b.settings)):
+        if key != "service level" and a.settings.get(key) != b.settings.get(key):  # that only decides what goodput is
+            found.append(Finding(key, _short(a.settings.get(key)), _short(b.settings.get(key)), "not the same work"))
+    for point in b.points:
+        other = next((one for one in a.points if (one.axis, one.load) == (point.axis, point.load)), None)
+        if other is not None and other.work != point.work:
+            load = f"prompts at {point.axis} {point.load:g}"
+            found.append(Finding(load, _short(other.work), _short(point.work), "not the same work"))
+    found += _differ(a, b, "model", lambda run: run.model.architecture_sha256, "not the same model", unknown=True)
+    if not {point.axis for point in a.points} & {point.axis for point in b.points}:
+        axis_a, axis_b = ("/".join(sorted({point.axis for point in one.points})) for one in (a, b))
+        found.append(Finding("load", axis_a, axis_b, "no load that both were measured under"))
+    return found
+
+
+def _soft(a: System, b: System) -> list[Finding]:
+    """Differences that may be what is compared."""
+    found = _differ(a, b, "precision", lambda run: run.model.precision, ACROSS["precision"], "precision")
+    if not found and a.run and b.run and "random" not in (a.run.model.weights, b.run.model.weights):
+        found += _differ(a, b, "weights", lambda run: run.model.weights, ACROSS["weights"], "weights")
+    if a.run and b.run and a.run.machine.device_type == b.run.machine.device_type and _name(a) == _name(b):
+        if a.engine != b.engine:
+            found.append(Finding("engine", a.engine, b.engine, ACROSS["versions"], "versions"))
+        found += _differ(a, b, "torch", lambda run: run.versions.get("torch"), ACROSS["versions"], "versions")
+        found += _differ(a, b, "driver", lambda run: run.machine.software.get("driver"), ACROSS["versions"], "versions")
+    if a.run and b.run and a.run.machine.device_type == b.run.machine.device_type == "cpu":
+        found += _differ(a, b, "cores", lambda run: run.machine.cores, ACROSS["threads"], "threads")
+    return found
+
+
+def _remarks(a: System, b: System) -> list[str]:
+    """What may differ between two sites without making the comparison void, but has to be said."""
+    made = []
+    if a.cards and b.cards and a.cards != b.cards:
+        made.append(f"{a.cards} against {b.cards} cards: look at the figures per card")
+    if a.run is None or b.run is None:
+        files = ", ".join(one.source for one in (a, b) if one.run is None)
+        made.append(f"{files}: does not say device, versions or model hash; that they fit is your word")
+    else:
+        if a.run.machine.device_type != b.run.machine.device_type and a.engine != b.engine:
+            made.append(f"engines differ with the platform: {a.engine} and {b.engine}")
+        if "random" in (a.run.model.weights, b.run.model.weights):
+            made.append("random weights: speed as with uniform routing, answers without meaning")
+        if a.run.commit != b.run.commit:
+            made.append(f"measured with commits {a.run.commit} and {b.run.commit} of this toolkit")
+    levels = [one.settings.get("service level") for one in (a, b)]
+    if levels[0] != levels[1]:
+        made.append(f"goodput is left out: service levels {levels[0]} and {levels[1]}")
+    return made
+
+
+def _differ(
+    a: System,
+    b: System,
+    what: str,
+    of: Callable[[Any], Any],
+    why: str,
+    across: str | None = None,
+    unknown: bool = False,
+) -> list[Finding]:
+    """Return a finding if the two runs differ in it; an unknown value counts as different where ``unknown`` says so."""
+    if a.run is None or b.run is None:
+        return []
+    of_a, of_b = of(a.run), of(b.run)
+    if None in (of_a, of_b):
+        return [Finding(what, _short(of_a), _short(of_b), why, across)] if unknown else []
+    return [] if of_a == of_b else [Finding(what, _short(of_a), _short(of_b), why, across)]
+
+
+def _short(value: Any) -> str:
+    return "unknown" if value is None else str(value)[:40]
+
+
+def _name(system: System) -> str:
+    return system.engine.split()[0]
+
+
+def _yes_no(system: System) -> str:
+    return "emulated" if system.run is not None and system.run.machine.emulated else "real"

@@ -1,0 +1,170 @@
+"""What `perf compare` compares: one system under one kind of load, read from a result file."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ascend.errors import UserError
+from perf.result import Result, Run, parse
+
+
+@dataclass(frozen=True)
+class Metric:
+    """One figure of a point: what people call it, its unit, and whether more is better."""
+
+    label: str
+    unit: str
+    more_is_better: bool
+
+
+# Keys as `vllm bench serve` writes them; `perf decode` has the first two.
+METRICS: dict[str, Metric] = {
+    "output_throughput": Metric("output tokens/s", "tok/s", True),
+    "median_tpot_ms": Metric("TPOT, median", "ms", False),
+    "p99_tpot_ms": Metric("TPOT, p99", "ms", False),
+    "median_ttft_ms": Metric("TTFT, median", "ms", False),
+    "p99_ttft_ms": Metric("TTFT, p99", "ms", False),
+    "p99_itl_ms": Metric("ITL, p99", "ms", False),
+    "median_e2el_ms": Metric("whole answer, median", "ms", False),
+    "p99_e2el_ms": Metric("whole answer, p99", "ms", False),
+    "total_token_throughput": Metric("all tokens/s", "tok/s", True),
+    "request_throughput": Metric("answers/s", "1/s", True),
+    "request_goodput": Metric("answers/s within the service level", "1/s", True),
+}
+# What the load of a point is counted in.
+AXES = {"batch": "rows decoded together", "concurrency": "requests at a time", "rate": "requests/s arriving"}
+
+
+@dataclass(frozen=True)
+class Point:
+    """One load.
+
+    samples: by metric, a value for each round or repeat. watts: of all cards, None if unknown. work: what says that two
+    points did the same work (hashes of what was sent), where the file tells.
+    """
+
+    axis: str
+    load: float
+    samples: Mapping[str, list[float]]
+    watts: float | None = None
+    share_of_read_rate: float | None = None
+    work: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class System:
+    """One engine on one machine, as one file has it.
+
+    label: what the report calls it. source: the file. tool: what measured. cards: None where the file does not say.
+    settings: what must be the same for two systems to be comparable, by name. paired: systems of the same value were
+    measured in turns, so that their rounds can be compared one by one. lengths: tokens of a request's prompt and
+    answer, means. run: None for files of other tools.
+    """
+
+    label: str
+    source: str
+    tool: str
+    engine: str
+    points: tuple[Point, ...]
+    cards: int | None = None
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    paired: str | None = None
+    lengths: tuple[float, float] | None = None
+    run: Run | None = None
+
+
+def read_systems(file: Path, label: str | None = None) -> list[System]:
+    """Read a result file of any tool that is known. Raises `UserError`, one line, for any other file."""
+    try:
+        loaded = json.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{file}: cannot be read ({error.strerror})") from None
+    except ValueError as error:
+        raise UserError(f"{file}: not JSON ({error})") from None
+    if isinstance(loaded, dict) and "schema" in loaded:
+        result = parse(loaded, str(file))
+        if result.kind not in _READERS:
+            raise UserError(f"{file}: a result of `perf {result.kind}`; compare takes those of decode and serve")
+        return _READERS[result.kind](result, str(file), label)
+    from perf.compare.foreign import read_foreign
+
+    return read_foreign(loaded, str(file), label)
+
+
+def _decode(result: Result, source: str, label: str | None) -> list[System]:
+    systems = []
+    for engine in dict.fromkeys(row.engine for row in result.rows):
+        rows = [row for row in result.rows if row.engine == engine]
+        points = tuple(
+            Point(
+                "batch",
+                row.batch,
+                {
+                    "output_throughput": [row.batch / seconds for seconds in row.step_seconds],
+                    "median_tpot_ms": [1e3 * seconds for seconds in row.step_seconds],
+                },
+                row.watts,
+                row.share_of_read_rate,
+            )
+            for row in rows
+        )
+        settings = {
+            "prompt length": result.settings.prompt_length,
+            "new tokens": result.settings.new_tokens,
+            "layers": result.run.model.layers,
+        }
+        where = label or f"{result.run.machine.device}, {result.run.model.precision}"
+        systems.append(
+            System(
+                f"{where}, {engine}",
+                source,
+                "perf decode",
+                rows[0].version,
+                points,
+                result.run.machine.cards,
+                settings,
+                source,
+                run=result.run,
+            )
+        )
+    return systems
+
+
+def _serve(result: Result, source: str, label: str | None) -> list[System]:
+    points: dict[tuple[str, float], list[Any]] = {}
+    for row in result.rows:
+        axis = ("rate", row.request_rate) if row.max_concurrency is None else ("concurrency", row.max_concurrency)
+        points.setdefault(axis, []).append(row)
+    settings = {
+        "workload": result.settings.workload,
+        "workload's hash": result.settings.workload_sha256,
+        "service level": result.settings.service_level,
+    }
+    run = result.run
+    made = tuple(
+        Point(
+            axis,
+            load,
+            {key: [row.result[key] for row in rows] for key in METRICS if all(key in row.result for row in rows)},
+            _mean([row.watts for row in rows]),
+            work=tuple(sorted(row.prompts_sha256 for row in rows)),
+        )
+        for (axis, load), rows in sorted(points.items())
+    )
+    cards = run.machine.cards
+    many = f"{cards} x " if cards > 1 else ""
+    name = label or f"{many}{run.machine.device}, {run.model.precision}"
+    lengths = (result.settings.input_tokens, result.settings.output_tokens)
+    return [System(name, source, "perf serve", result.settings.engine, made, cards, settings, None, lengths, run)]
+
+
+def _mean(values: list[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if known and len(known) == len(values) else None
+
+
+_READERS: dict[str, Callable[[Result, str, str | None], list[System]]] = {"decode": _decode, "serve": _serve}
