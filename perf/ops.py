@@ -11,6 +11,7 @@ import argparse
 import json
 import os
 import statistics
+import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
@@ -31,7 +32,8 @@ if TYPE_CHECKING:
 
     from perf.op_cases import Case
 
-EXIT_WRONG = 1
+EXIT_WRONG, EXIT_INTERRUPTED = 1, 130
+EMULATED = "npu-emulated"
 FORMATS = ("w8a8", "w4a16")
 CALLS, MOST_COPIES = 16, 512  # calls of a walk, at least; copies at most: a norm's weight comes from a cache anyway
 # By device: larger than its last-level caches together (H200: 60 MB of L2).
@@ -43,6 +45,8 @@ TOLERANCE = {"bf16": 3e-2, "fp16": 5e-3, "fp32": 1e-4, "w8a8": 6e-2, "w4a16": 3e
 def main(argv: Sequence[str]) -> int:
     """Time the ops and print a table; returns 1 if one does not compute what its definition says."""
     args = _parse(argv)
+    if args.device == EMULATED:
+        return _under_the_emulator(argv)
     device = get_device(args.device)
     import torch
 
@@ -61,14 +65,21 @@ def main(argv: Sequence[str]) -> int:
     walked = args.walk_bytes or WALKED_BYTES[device.type] // (64 if machine.emulated else 1)
     print(f"{machine.device}; {model.name}'s shapes; {args.rounds} rounds, walks of at least {walked / 1e6:.0f} MB")
     _head()
-    with torch.inference_mode():
+    code = 0
+    try:
         for tokens in args.tokens:
             place = Place(device.torch_device, dtype, args.skew, torch.Generator().manual_seed(args.seed))
             for case in cases(shape, place, tokens, args.context, args.quantise):
-                wrong = _measure(args, device, machine.emulated, case, walked, rows)
+                with torch.inference_mode():
+                    wrong = _measure(args, device, machine.emulated, case, walked, rows)
                 if wrong:
                     print(f"WRONG: {case.op} {wrong}: nothing is reported", file=sys.stderr)
                     return EXIT_WRONG
+    except KeyboardInterrupt:
+        if not rows:
+            raise
+        print("interrupted: what was measured until now is reported", file=sys.stderr)
+        code = EXIT_INTERRUPTED
     threads = args.threads if device.type == "cpu" else None
     settings = OpsSettings(args.rounds, threads, _captures(args, device), walked)
     result = Result("ops", this_run(["ops", *argv], args.seed, machine, model), settings, rows)
@@ -76,7 +87,15 @@ def main(argv: Sequence[str]) -> int:
         write(args.out, result)
     if args.json:
         print(json.dumps(document(result), allow_nan=False))
-    return 0
+    return code
+
+
+def _under_the_emulator(argv: Sequence[str]) -> int:
+    """Run the same command in a process whose NPU is emulated."""
+    from ascend.emulator.__main__ import environment
+
+    arguments = [*argv, "--device", "npu:0"]  # the last one counts
+    return subprocess.run([sys.executable, "-m", "perf", "ops", *arguments], env=environment(), check=False).returncode
 
 
 def _measure(
@@ -163,7 +182,7 @@ def _line(row: OpsRow, ours: list[float]) -> None:
 def _parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = Parser("ops", "Each op of a decode step alone, against measured rates; ratio: times as slow as ours.")
     parser.add_argument("--model", required=True, help="ling-flash, ling-mini, small, tiny, or a directory: its shapes")
-    parser.add_argument("--device", default="cpu", help="cpu, cuda[:i] or npu[:i]")
+    parser.add_argument("--device", default="cpu", help=f"cpu, cuda[:i], npu[:i] or {EMULATED}")
     parser.add_argument("--tokens", default="1,8,32", help="rows decoded together, one or several")
     parser.add_argument("--context", type=int, default=1024, help="tokens of each row in the cache")
     parser.add_argument("--dtype", default="bf16", choices=("bf16", "fp16", "fp32"))
