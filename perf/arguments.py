@@ -25,8 +25,8 @@ class Parser(argparse.ArgumentParser):
         args, unknown = self.parse_known_args(argv)
         if unknown:
             known = [option for action in self._actions for option in action.option_strings]
-            hint = suggest(unknown[0].split("=")[0], known)
-            raise UserError(f"unknown argument '{unknown[0]}'{hint}; see {self.prog} --help")
+            name = unknown[0].split("=")[0]  # a value may be a secret
+            raise UserError(f"unknown argument '{name}'{suggest(name, known)}; see {self.prog} --help")
         return args
 
 
