@@ -53,12 +53,14 @@ def describe(device: Device, cards: int = 1) -> Machine:
     """Describe the device that measures, and its host."""
     from ascend.emulator import active
 
+    # A card is not asked where the table knows: the question opens a context, for which a server may leave no room.
+    memory = device.facts().memory.value
     return Machine(
         device=device.name(),
         device_type=device.type,
         emulated=device.type == "npu" and active(),
         cards=cards,
-        memory_bytes=device.memory().total,
+        memory_bytes=device.memory().total if memory is None else int(memory),
         software=device.software(),
         host=CpuDevice().name(),
         cores=len(os.sched_getaffinity(0)),
