@@ -10,6 +10,7 @@ import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -219,4 +220,5 @@ ENGINES: dict[str, Callable[[Setting], Engine]] = {
     "lean": Lean,
     "vllm": Vllm,
     "transformers": Transformers,
+    "llama.cpp": lambda setting: import_module("perf.llama_cpp").LlamaCpp(setting),  # it imports this file
 }
