@@ -9,11 +9,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from perf.judge import LIMITS, Comparison, LayerNumbers, LogitNumbers, Verdict, judge
+from perf.parity.judge import Comparison, Divergence, DriftNumbers, LayerNumbers, LogitNumbers, Verdict, all_checks
+from perf.parity.judge import judge as summed_up
+from perf.parity.judge_served import QuantileNumbers, ServedNumbers, served_checks
+from perf.parity.limits import LIMITS, Limits
 
 FIELDS = (
     "attention",
     "attention_gain",
+    "norm",
+    "norm_gain",
     "router",
     "scores",
     "misrouted",
@@ -26,8 +31,13 @@ FIELDS = (
 GOOD = LogitNumbers(8)
 
 
+def judge(numbers: Comparison, limits: Limits) -> Verdict:
+    return summed_up(all_checks(numbers, limits))
+
+
 def comparison(**changed: Any) -> Comparison:
     good: dict[str, Any] = {"embedding": 0.0, "layers": [LayerNumbers("layer 0"), LayerNumbers("layer 1")]}
+    good |= {"drift": [], "divergences": []}
     logits = ("head", "whole", "whole_clean", "decode", "decode_clean")
     return Comparison(**good | dict.fromkeys(logits, GOOD) | changed)
 
@@ -75,7 +85,54 @@ def test_logits_before_a_flip_are_judged_strictly_and_those_after_it_are_not(whe
 
 def test_the_first_reason_in_the_order_of_computation_names_the_cause() -> None:
     layer = LayerNumbers("layer 0", attention=1.0, first=0.0, mlp=1.0, stream=1.0)
-    assert "positions" in str(judge(comparison(layers=[layer]), LIMITS["fp32"]).cause)
+    assert "what positions" in str(judge(comparison(layers=[layer]), LIMITS["fp32"]).cause)
+    sized = LayerNumbers("layer 0", attention=0.0, attention_gain=1.0)
+    assert "attention or its weights" in str(judge(comparison(layers=[sized]), LIMITS["fp32"]).cause)
     everywhere = dataclasses.replace(layer, first=1.0)
     assert "attention or its weights" in str(judge(comparison(layers=[everywhere]), LIMITS["fp32"]).cause)
     assert "embedding" in str(judge(comparison(layers=[layer], embedding=1e-9), LIMITS["fp32"]).cause)
+
+
+def test_the_first_layer_whose_stream_has_drifted_too_far_is_named() -> None:
+    limit = LIMITS["bf16"].drift
+    near = [DriftNumbers(f"layer {n}", 0.9 * limit * (n + 1) ** 0.5, 9.0, 9.0) for n in range(4)]
+    assert judge(comparison(drift=near), LIMITS["bf16"]).passed
+    far = [*near[:2], *(dataclasses.replace(one, clean=2 * one.clean) for one in near[2:])]
+    verdict = judge(comparison(drift=far), LIMITS["bf16"])
+    assert verdict.reasons[0].startswith("whole pass after layer 2: drift of the stream ")
+    assert "up to layer 2" in str(verdict.cause)
+
+
+def test_a_diverged_token_is_explained_by_rounding_or_by_a_near_tie_before_it() -> None:
+    limits = LIMITS["bf16"]
+    one = Divergence("decode", 0, 3, lead=1.9 * limits.logits, moved=2 * limits.logits, after_flip=False)
+    assert one.explained(limits)
+    assert not dataclasses.replace(one, lead=2.1 * limits.logits).explained(limits)
+    assert dataclasses.replace(one, lead=2.1 * limits.logits, after_flip=True).explained(limits)
+
+
+def served(first: float, middle: float, tail: float, decode: float) -> ServedNumbers:
+    shares = zip((0.1, 0.25, 0.5, 0.75, 0.9), (first, middle, middle, middle, tail), strict=True)
+    quantiles = [QuantileNumbers(share, factor * 1e-3, 1e-3) for share, factor in shares]
+    return ServedNumbers(400, 9, 0.0, 400, quantiles, 40, decode * 1e-3, 0.1, 0.2, 0.01, 1.0, 1.0, [])
+
+
+@given(st.floats(0.01, 0.99), st.floats(1.01, 100.0), st.sampled_from(("first", "middle", "tail", "decode")))
+@pytest.mark.parametrize("precision", LIMITS)
+def test_a_server_is_judged_by_how_far_rounding_takes_the_model(
+    precision: str, share: float, excess: float, which: str
+) -> None:
+    limits = LIMITS[precision]
+    at = {"first": limits.first, "middle": limits.middle, "tail": limits.tail, "decode": limits.tail}
+    kept = {name: share * limit for name, limit in at.items()}
+    assert summed_up(served_checks(served(**kept), limits)).passed
+    for value in (excess * at[which], float("nan")):
+        verdict = summed_up(served_checks(served(**kept | {which: value}), limits))
+        assert len(verdict.reasons) == 1
+        assert "no layers" in str(verdict.cause)
+
+
+def test_a_single_position_before_any_near_tie_is_enough() -> None:
+    limits = LIMITS["fp32"]
+    far = dataclasses.replace(served(1.0, 1.0, 1.0, 1.0), settled_max=2 * limits.logits)
+    assert summed_up(served_checks(far, limits)).reasons[0].startswith("prompt: largest distance before any near-tie")

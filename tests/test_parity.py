@@ -2,13 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
-import json
-import os
 import shutil
-import stat
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -17,19 +11,17 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors.torch import load_file
 from torch import Tensor
 
 import ascend
 from ascend.model import BailingMoeV2ForCausalLM
 from ops import cpu, reference
-from perf import parity
-from perf.judge import LIMITS, Verdict, judge
-from perf.parity_numbers import compare, follows
-from perf.parity_prompts import Batch, random_batches, restored_batches
-from perf.parity_side import read_info, write_side
-from perf.parity_trace import trace
-from tests.tiny import checkpoint, edit_config, read_tensors, user_error, write_tensors
+from perf.parity.judge import Verdict, all_checks, judge
+from perf.parity.limits import LIMITS
+from perf.parity.numbers import compare, follows
+from perf.parity.prompts import Batch, random_batches, restored_batches
+from perf.parity.trace import trace
+from tests.tiny import checkpoint, edit_config, user_error
 
 # What the kernels of an NPU take: heads of 64, expert widths in blocks of 64.
 SHAPE = {"head_dim": 64, "hidden_size": 128, "moe_intermediate_size": 64}
@@ -106,7 +98,7 @@ def trusted(paths: dict[str, Path], batches: list[Batch]) -> dict[str, dict[str,
 def verdict_of(a: dict[str, Tensor], model: BailingMoeV2ForCausalLM, batches: list[Batch], precision: str) -> Verdict:
     limits = LIMITS[precision]
     b = trace(model, batches, 2, a)
-    return judge(compare(a, b, limits, model.config.n_group, model.config.topk_group), limits)
+    return judge(all_checks(compare(a, b, limits, model.config.n_group, model.config.topk_group), limits))
 
 
 def rows_alone(batches: list[Batch]) -> list[Batch]:
@@ -146,7 +138,7 @@ def test_other_kernels_pass(
     b = trace(model, batches, 2, a)
     assert not torch.equal(a["logits"], b["logits"]), "the reference ran in place of the kernels"
     limits = LIMITS[precision]
-    assert judge(compare(a, b, limits, model.config.n_group, model.config.topk_group), limits) == Verdict()
+    assert judge(all_checks(compare(a, b, limits, model.config.n_group, model.config.topk_group), limits)) == Verdict()
 
 
 def scale(name: str, factor: float) -> Callable[[BailingMoeV2ForCausalLM], None]:
@@ -263,6 +255,58 @@ def test_a_flip_at_a_near_tie_is_counted_and_one_without_is_unexplained(trusted:
     assert (far.flips, far.unexplained, far.misrouted) == (2, 1, 1)
 
 
+def test_drift_is_what_the_streams_of_the_whole_passes_differ_by(trusted: dict[str, dict[str, Tensor]]) -> None:
+    a = {name: tensor.clone() for name, tensor in trusted["fp32"].items()}
+    b = {name: tensor.clone() for name, tensor in a.items()}
+    b["stream.2"] *= 1.1  # after layer 1
+    b["stream.3"][48 + 20 :] *= 1.5  # after the flip in row 1, and in the padded row
+    b["stream.3"][96:] = a["stream.3"][96:]
+    b["experts"][48 + 20, 1, 0] += 100  # layer 2, the second with a router
+    numbers = compare(a, b, LIMITS["fp32"], 4, 2)
+    assert [layer.name for layer in numbers.drift] == ["layer 0", "layer 1", "layer 2"]
+    assert [layer.clean for layer in numbers.drift] == pytest.approx([0, 0.1, 0], abs=1e-6)
+    later = a["stream.3"][48 + 20 : 96].norm() * 0.5 / a["stream.3"].norm()
+    assert [layer.everything for layer in numbers.drift] == pytest.approx([0, 0.1, float(later)], abs=1e-6)
+    assert [layer.worst for layer in numbers.drift] == pytest.approx([0, 0.1, 0.5], abs=1e-6)
+    assert [layer.same_experts for layer in numbers.drift] == [None, 1.0, pytest.approx(127 / 128)]
+    verdict = judge(all_checks(numbers, LIMITS["fp32"]))
+    assert [reason.partition(":")[0] for reason in verdict.reasons] == ["whole pass after layer 1"]
+    assert "up to layer 1" in str(verdict.cause)
+
+
+def test_a_fault_of_the_chain_alone_is_named_by_the_layer_where_it_begins(
+    paths: dict[str, Path], trusted: dict[str, dict[str, Tensor]], batches: list[Batch]
+) -> None:
+    model = ascend.load_model(paths["bf16"])
+    layers: Any = model.model.layers
+    forward = layers[2].forward
+    # Alone a layer gets its stream as one tensor; in the chain it gets the MLP's output and the stream before it.
+    layers[2].forward = lambda x, residual, step: forward(x if residual is None else 0.9 * x, residual, step)
+    verdict = verdict_of(trusted["bf16"], model, batches, "bf16")
+    assert verdict.reasons[0].startswith("whole pass after layer 2: drift"), verdict.reasons
+
+
+def test_another_best_token_is_listed_with_a_lead_that_its_logits_have_moved(
+    trusted: dict[str, dict[str, Tensor]],
+) -> None:
+    a = {name: tensor.clone() for name, tensor in trusted["fp32"].items()}
+    b = {name: tensor.clone() for name, tensor in a.items()}
+    best, second = a["logits"][48 + 7].topk(2).indices.tolist()
+    gap = float(a["logits"][48 + 7, best] - a["logits"][48 + 7, second])
+    b["logits"][48 + 7, second] += gap + 0.25
+    step, other = a["decode.logits"][2, 1].topk(2).indices.tolist()
+    b["decode.logits"][2, 1, other] = b["decode.logits"][2, 1, step] + 0.5
+    b["prefill.experts"][-1, 0, 0] += 100
+    whole, decode = compare(a, b, LIMITS["fp32"], 4, 2).divergences
+    deviation = float(a["logits"][48 + 7].double().std())
+    assert (whole.where, whole.row, whole.position, whole.after_flip) == ("whole pass", 1, 7, False)
+    assert (whole.lead, whole.moved) == pytest.approx((gap / deviation, (gap + 0.25) / deviation), rel=1e-4)
+    assert (decode.where, decode.row, decode.position, decode.after_flip) == ("decode", 2, 1, True)
+    assert 0 < decode.lead <= decode.moved
+    assert not whole.explained(LIMITS["fp32"])
+    assert decode.explained(LIMITS["fp32"])
+
+
 @pytest.mark.parametrize(
     ("changed", "place", "cause"),
     [
@@ -286,7 +330,7 @@ def test_another_configuration_fails_and_the_verdict_names_what(
     shutil.copytree(paths["bf16"], tmp_path / "other")
     limits = LIMITS["bf16"]
     b = trace(ascend.load_model(edit_config(tmp_path / "other", **changed)), batches, 2, trusted["bf16"])
-    verdict = judge(compare(trusted["bf16"], b, limits, 4, 2), limits)  # side a says which groups there are
+    verdict = judge(all_checks(compare(trusted["bf16"], b, limits, 4, 2), limits))  # side a says which groups there are
     assert not verdict.passed
     assert verdict.reasons[0].startswith(place), verdict.reasons
     assert cause in str(verdict.cause)
@@ -299,143 +343,3 @@ def test_the_tokens_of_a_file_make_the_same_batches(batches: list[Batch]) -> Non
         assert torch.equal(one.ids_BT, other.ids_BT)
         assert torch.equal(one.start_B, other.start_B)
     assert "damaged" in user_error(restored_batches, tokens, [[2, 48, 0]])
-
-
-# The command, its workers and its files
-
-
-def run(*arguments: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "perf", "parity", *map(str, arguments)]
-    # Threads that wait for one another make small models many times slower on a busy machine.
-    environ = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, capture_output=True, text=True, check=False, env=environ)
-
-
-def refusal(*arguments: object) -> str:
-    return user_error(parity.main, [str(argument) for argument in arguments])
-
-
-@pytest.fixture(scope="module")
-def saved(paths: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Side a, as the first of two sites keeps it: fp32, small, without decode steps."""
-    file = tmp_path_factory.mktemp("site 1") / "a.safetensors"
-    options = ("--rows", 1, "--prompt-length", 16, "--decode", 1)
-    done = run("--a", "cpu", "--model", paths["fp32"], "--save-a", file, *options)
-    assert done.returncode == 0, done.stderr
-    assert "PASS" not in done.stdout
-    return file
-
-
-@pytest.mark.slow
-def test_a_saved_side_is_private_and_says_what_made_it(saved: Path) -> None:
-    assert stat.S_IMODE(saved.stat().st_mode) == 0o640
-    assert list(saved.parent.iterdir()) == [saved]
-    info = read_info(saved)
-    assert (info.side, info.dtype, info.quantise, info.emulated, info.torch_npu) == ("cpu", "fp32", None, False, None)
-    assert info.torch == torch.__version__
-    assert info.batches == [[1, 16, 0], [1, 16, 5]]
-
-
-@pytest.mark.slow
-def test_one_weight_made_larger_at_the_second_site_fails(saved: Path, paths: dict[str, Path], tmp_path: Path) -> None:
-    tensors = read_tensors(paths["fp32"])
-    name = "model.layers.2.attention.dense.weight"
-    tensors[name] = tensors[name] * 1.01
-    other = write_tensors(Path(shutil.copytree(paths["fp32"], tmp_path / "other")), tensors)
-    bad = run("--a", saved, "--b", "cpu", "--model", other, "--json")
-    assert bad.returncode == 1, bad.stderr
-    document = json.loads(bad.stdout.splitlines()[-1])
-    assert document["verdict"] == "FAIL"
-    assert document["reasons"][0].startswith("layer 2: attention")
-    assert "FAIL: layer 2: attention" in bad.stdout
-
-
-@pytest.mark.slow
-def test_two_saved_sides_are_compared_where_no_model_is(saved: Path, paths: dict[str, Path], tmp_path: Path) -> None:
-    b = tmp_path / "b.safetensors"
-    good = run("--a", saved, "--b", "cpu", "--model", paths["fp32"], "--save-b", b, "--layers")
-    assert good.returncode == 0, good.stderr
-    assert "\nPASS: " in good.stdout
-    assert good.stdout.count("\nlayer ") == 4  # three of them and the head of the table
-    again = run("--a", saved, "--b", b, "--json")
-    assert again.returncode == 0, again.stderr
-    assert json.loads(again.stdout.splitlines()[-1])["verdict"] == "PASS"
-
-
-@pytest.mark.slow
-def test_sides_of_different_computations_are_refused(saved: Path, paths: dict[str, Path], tmp_path: Path) -> None:
-    other = edit_config(Path(shutil.copytree(paths["fp32"], tmp_path / "other")), rope_theta=10000.0)
-    assert "its config.json is not the one" in refusal("--a", saved, "--b", "cpu", "--model", other)
-    assert "--seed: the file of side a has settled it" in refusal("--a", saved, "--b", saved, "--seed", 1)
-    tensors, info = load_file(saved), read_info(saved)
-    for changed, words in (
-        ({"config_sha256": "0"}, "different config"),
-        ({"tokens_sha256": "0"}, "different tokens"),
-        ({"dtype": "bf16"}, "different dtype"),
-        ({"quantise": "w8a8"}, "different quantise"),
-        ({"like_sha256": "0"}, "not computed on the streams of this side a"),
-    ):
-        write_side(tmp_path / "b.safetensors", tensors, dataclasses.replace(info, **changed))  # type: ignore[arg-type]
-        assert words in refusal("--a", saved, "--b", tmp_path / "b.safetensors")
-
-
-@pytest.mark.parametrize("content", [b"", b"no safetensors", b"\x02\0\0\0\0\0\0\0{}"])
-def test_a_file_that_is_no_side_is_refused(tmp_path: Path, content: bytes) -> None:
-    (tmp_path / "a.safetensors").write_bytes(content)
-    assert "not a side of this version's" in refusal(
-        "--a", tmp_path / "a.safetensors", "--b", tmp_path / "a.safetensors"
-    )
-
-
-@pytest.mark.parametrize(
-    ("arguments", "words"),
-    [
-        (["--a", "cpu", "--b", "npu-emulatd"], "did you mean 'npu-emulated'?"),
-        (["--a", "cpu", "--b", "cpu"], "--model is missing"),
-        (["--a", "cpu"], "--b is missing"),
-        (["--a", "cpu", "--b", "cpu", "--model", "DIR", "--quantize", "w8a8"], "did you mean '--quantise'?"),
-        (["--a", "cpu", "--b", "cpu", "--model", "DIR"], "no such model directory"),
-        (["--a", "cpu", "--b", "cpu", "--model", "DIR", "--prompt-length", "3"], "at least 16"),
-        (["--a", "cpu", "--b", "cpu", "--save-a", "/no/such/a.safetensors"], "there is no such folder"),
-        (["--a", "cpu", "--save-a", "a", "--save-b", "b"], "--save-b: that side is not computed here"),
-    ],
-)
-def test_what_makes_no_sense_is_refused_before_anything_is_computed(arguments: list[str], words: str) -> None:
-    assert words in refusal(*arguments)
-
-
-@pytest.mark.slow
-def test_a_worker_that_refuses_is_quoted_in_one_line(paths: dict[str, Path], tmp_path: Path) -> None:
-    other = Path(shutil.copytree(paths["fp32"], tmp_path / "other"))
-    tensors = read_tensors(other)
-    del tensors["model.norm.weight"]
-    write_tensors(other, tensors)
-    done = run("--a", "cpu", "--b", "cpu", "--model", other)
-    assert done.returncode == 2
-    assert "error: " in done.stderr
-    assert "model.norm.weight is missing" in done.stderr.splitlines()[-1]
-    assert "Traceback" not in done.stderr
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    "options", [("fp32",), ("bf16",), ("bf16", "--quantise", "w8a8"), ("bf16", "--quantise", "w4a16")]
-)
-def test_an_emulated_card_computes_what_the_cpu_does(paths: dict[str, Path], options: tuple[str, ...]) -> None:
-    done = run("--a", "cpu", "--b", "npu-emulated", "--model", paths[options[0]], "--json", *options[1:])
-    assert done.returncode == 0, done.stdout + done.stderr
-    document = json.loads(done.stdout.splitlines()[-1])
-    assert document["b"]["emulated"] is True
-    assert document["b"]["torch_npu"]
-    assert "EMULATED: no card took part" in done.stdout
-
-
-@pytest.mark.slow
-def test_within_the_emulator_no_card_is_taken_for_a_real_one(paths: dict[str, Path]) -> None:
-    emulator = [sys.executable, "-m", "ascend.emulator", "--", sys.executable, "-m", "perf", "parity"]
-    command = [*emulator, "--a", "cpu", "--b", "npu", "--model", str(paths["bf16"]), "--json"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
-    document = json.loads(done.stdout.splitlines()[-1])
-    assert (document["b"]["side"], document["b"]["emulated"]) == ("npu-emulated", True)
-    assert (document["a"]["side"], document["a"]["emulated"]) == ("cpu", False)

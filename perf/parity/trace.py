@@ -11,7 +11,8 @@ K experts per token, L decoder layers with a router, V vocabulary, R rows of all
   alone on the other side's ``.mlp_input``; with a router, of both runs (``layer.I.`` and ``layer.I.mlp.``) ``experts``
   and ``weights`` ``[N, K]`` as it chose, ``scores`` fp32 ``[N, E]`` computed again from its input. MTP layers come
   after the decoder layers, with the draft as ``.stream``; ``head`` ``[N, V]`` are norm and head alone;
-- ``logits`` ``[N, V]`` and ``experts`` ``[N, L, K]`` of the whole pass;
+- ``logits`` ``[N, V]`` and ``experts`` ``[N, L, K]`` of the whole pass; on side a also ``twins`` fp64 ``[N, twins]``,
+  how far noise of the size of rounding moves them (see `perf.parity.twin`);
 - ``prefill.experts`` as ``experts``, ``decode.tokens`` ``[R, D]``, ``decode.logits`` ``[R, D + 1, V]`` and
   ``decode.experts`` ``[R, D, L, K]`` of the lean engine.
 """
@@ -21,6 +22,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -31,7 +33,8 @@ import ops
 from ascend.cache import TransientCache
 from ascend.generation import Decoder
 from ascend.model import BailingMoeV2ForCausalLM, Gate, MTPLayer, Step
-from perf.parity_prompts import Batch
+from perf.parity.prompts import Batch
+from perf.parity.twin import TWINS, best_distance, noisy
 
 Tensors = Mapping[str, Tensor]
 
@@ -52,7 +55,9 @@ def trace(
         made = {"row": row_BT[real], "position": batch.position[real], "token": batch.ids_BT[real]}
         made |= _whole_pass(model, batch)
         given: Tensors = made
-        if like is not None:
+        if like is None:
+            made |= _twins(model, batch, made["logits"])
+        else:
             mine = slice(tokens, tokens + len(made["row"]))
             given = {name: tensor[mine] for name, tensor in like.items() if not name.startswith("decode.")}
         made |= _each_layer(model, batch, given)
@@ -71,6 +76,16 @@ def _whole_pass(model: BailingMoeV2ForCausalLM, batch: Batch) -> dict[str, Tenso
     made = {f"stream.{index}": _host(stream_BTH)[real] for index, stream_BTH in enumerate(streams)}
     made |= {"hidden": _host(hidden_BTH)[real], "logits": _host(model.logits(hidden_BTH))[real]}
     return made | {"experts": _experts(seen, real)}
+
+
+def _twins(model: BailingMoeV2ForCausalLM, batch: Batch, logits_NV: Tensor) -> dict[str, Tensor]:
+    embedding_BTH = model.model.word_embeddings(batch.ids_BT.to(model.device))
+    far = []
+    for seed in range(TWINS):
+        run = partial(model.model, embedding_BTH, _step(model, batch))
+        twin_NV = _host(model.logits(noisy(_decoder_layers(model), model.dtype, seed, run)))[batch.real]
+        far.append(torch.tensor(list(map(best_distance, logits_NV, twin_NV)), dtype=torch.float64))
+    return {"twins": torch.stack(far, 1)}
 
 
 def _each_layer(model: BailingMoeV2ForCausalLM, batch: Batch, given: Tensors) -> dict[str, Tensor]:

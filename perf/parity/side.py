@@ -1,6 +1,6 @@
-"""One side of `perf parity` in a process of its own, and the file it leaves: `python -m perf.parity_side …`.
+"""One side of `perf parity` in a process of its own, and the file it leaves: `python -m perf.parity.side …`.
 
-The file is a safetensors file: the tensors of `perf.parity_trace`, and under the metadata key ``parity`` a JSON object
+The file is a safetensors file: the tensors of `perf.parity.trace`, and under the metadata key ``parity`` a JSON object
 (`SideInfo`) that says what computed them. ``--like FILE`` is the other side's: tokens, and what the layers get.
 """
 
@@ -30,12 +30,17 @@ class SideInfo:
     """What computed a side, and of what.
 
     side: "cpu", "cuda", "npu" or "npu-emulated"; an emulated card is never called "npu". batches: rows, padded length
-    and padding of each. streams_sha256: of its own residual streams; like_sha256: of those that its layers got.
+    and padding of each. software: driver, CANN, CUDA, as far as they say. commit: of this project's checkout.
+    weights_sha256: of samples of the files, see `perf.machine`. streams_sha256: of its own residual streams;
+    like_sha256: of those that its layers got.
     """
 
     side: str
     device_name: str
     emulated: bool
+    host: str
+    software: dict[str, str]
+    commit: str | None
     torch: str
     torch_npu: str | None
     dtype: str
@@ -46,6 +51,7 @@ class SideInfo:
     decode: int
     seed: int
     config_sha256: str
+    weights_sha256: str
     tokens_sha256: str
     streams_sha256: str
     like_sha256: str
@@ -63,7 +69,7 @@ def read_info(file: Path) -> SideInfo:
     except FileNotFoundError:
         raise UserError(f"{file}: no such file") from None
     except (SafetensorError, OSError, KeyError, TypeError, ValueError):
-        raise UserError(f"{file}: not a side of this version's `perf parity`; write it again with --save-a") from None
+        raise UserError(f"{file}: not a side of this version's `perf parity`; record it again") from None
 
 
 def config_sha256(model: str | Path) -> str:
@@ -78,11 +84,12 @@ def make_side(args: argparse.Namespace) -> tuple[dict[str, Tensor], SideInfo]:
 
     import ascend
     from ascend.devices import get_device
-    from ascend.emulator import active
-    from perf.parity_prompts import random_batches, restored_batches
-    from perf.parity_trace import trace
+    from perf.machine import commit, describe, weights_sha256
+    from perf.parity.prompts import random_batches, restored_batches
+    from perf.parity.trace import trace
 
     device = get_device(args.device)
+    machine = describe(device)
     like, like_info = (load_file(args.like), read_info(args.like)) if args.like else (None, None)
     model = ascend.load_model(args.model, args.device, DTYPES.get(args.dtype), quantise=args.quantise)
     dtype = {name: short for short, name in DTYPES.items()}.get(str(model.dtype).removeprefix("torch."))
@@ -96,11 +103,13 @@ def make_side(args: argparse.Namespace) -> tuple[dict[str, Tensor], SideInfo]:
         batches = restored_batches(like["token"], shapes)
     tensors = trace(model, batches, args.decode, like)
     streams = [f"stream.{layer}" for layer in range(model.config.num_hidden_layers + 1)]
-    emulated = device.type == "npu" and active()
     info = SideInfo(
-        side="npu-emulated" if emulated else device.type,
-        device_name=device.name(),
-        emulated=emulated,
+        side="npu-emulated" if machine.emulated else machine.device_type,
+        device_name=machine.device,
+        emulated=machine.emulated,
+        host=machine.host,
+        software=machine.software,
+        commit=commit(),
         torch=torch.__version__,
         torch_npu=sys.modules["torch_npu"].__version__ if device.type == "npu" else None,
         dtype=dtype,
@@ -111,6 +120,7 @@ def make_side(args: argparse.Namespace) -> tuple[dict[str, Tensor], SideInfo]:
         decode=args.decode,
         seed=args.seed,
         config_sha256=config_sha256(args.model),
+        weights_sha256=weights_sha256(args.model),
         tokens_sha256=_sha256(tensors, ["row", "position", "token"]),
         streams_sha256=_sha256(tensors, streams),
         like_sha256=_sha256(tensors if like is None else like, streams),

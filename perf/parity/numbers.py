@@ -1,4 +1,4 @@
-"""Two sides' tensors in, the numbers that `perf.judge` judges out. All arithmetic in fp32 or better, on the CPU.
+"""Two sides' tensors in, the numbers that `perf.parity.judge` judges out. All arithmetic in fp32 or better, on the CPU.
 
 Shapes: N tokens (padding left out, row by row), H hidden_size, E experts, K experts per token, L layers with a router,
 V vocabulary, R rows, D decode steps.
@@ -11,7 +11,9 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from perf.judge import Comparison, LayerNumbers, Limits, LogitNumbers
+from perf.parity.judge import Comparison, LayerNumbers, LogitNumbers
+from perf.parity.limits import Limits
+from perf.parity.whole import differ, divergences, drift
 
 # The router's scores are computed again here from its input, in another order of addition: fp32's rounding over some
 # thousand terms, 2^-24 · sqrt(4096) of a logit of about ten, through a sigmoid whose slope is at most 1/4.
@@ -30,7 +32,7 @@ def compare(a: Tensors, b: Tensors, limits: Limits, n_group: int, topk_group: in
         one, other = (_under(side, f"layer.{index}.") for side in (a, b))
         layers.append(_layer(name, one, other, a["position"] == 0, limits, n_group, topk_group))
     flip_N, prefill_flip_N, flip_RD = (
-        _differ(a[name], b[name]).any(-1) for name in ("experts", "prefill.experts", "decode.experts")
+        differ(a[name], b[name]).any(-1) for name in ("experts", "prefill.experts", "decode.experts")
     )
     clean_N = _before_flips(flip_N, a["row"])
     rows = a["decode.logits"].shape[0]
@@ -39,6 +41,8 @@ def compare(a: Tensors, b: Tensors, limits: Limits, n_group: int, topk_group: in
     return Comparison(
         embedding=float((a["stream.0"].float() - b["stream.0"].float()).abs().max()),
         layers=layers,
+        drift=drift(a, b, clean_N),
+        divergences=divergences(a, b),
         head=_logits(a["head"], b["head"]),
         whole=_logits(a["logits"], b["logits"]),
         whole_clean=_logits(a["logits"][clean_N], b["logits"][clean_N]),
@@ -83,7 +87,7 @@ def _layer(
     routing: dict[str, float] = {}
     if "experts" in a:
         groups = (n_group, topk_group)
-        same_N, same_mlp_N = ~_differ(a["experts"], b["experts"]), ~_differ(mlp_a["experts"], mlp_b["experts"])
+        same_N, same_mlp_N = ~differ(a["experts"], b["experts"]), ~differ(mlp_a["experts"], mlp_b["experts"])
         tie_N = follows(a["scores"], b["experts"], *groups, limits.scores)
         tie_mlp_N = follows(mlp_a["scores"], mlp_b["experts"], *groups, SCORE_ROUNDING)
         weight_a, weight_b = (
@@ -103,6 +107,9 @@ def _layer(
         attention=_max(attention_N),
         attention_gain=_gain(a["attention"], b["attention"]),
         first=_max(attention_N[first_N]),
+        first_gain=_gain(a["attention"][first_N], b["attention"][first_N]),
+        norm=_max(_relative(a["mlp_input"], b["mlp_input"])),
+        norm_gain=_gain(a["mlp_input"], b["mlp_input"]),
         mlp=_max(_relative(mlp_a["mlp"], mlp_b["mlp"])[same_mlp_N]),
         mlp_gain=_gain(mlp_a["mlp"][same_mlp_N], mlp_b["mlp"][same_mlp_N]),
         stream=_max(_relative(a["stream"], b["stream"])[same_N]),
@@ -129,11 +136,6 @@ def _max(values: Tensor) -> float:
     return float(values.max()) if values.numel() else 0.0
 
 
-def _differ(a: Tensor, b: Tensor) -> Tensor:
-    """Where the set of experts differs: ``[…, K]`` to bool ``[…]``."""
-    return (a.sort(-1).values != b.sort(-1).values).any(-1)
-
-
 def _before_flips(flip_N: Tensor, row_N: Tensor) -> Tensor:
     seen = torch.zeros_like(flip_N)
     for row in row_N.unique():
@@ -155,7 +157,7 @@ def _logits(a_NV: Tensor, b_NV: Tensor) -> LogitNumbers:
         top1.append(float(best_a.indices[0] == best_b.indices[0]))
         top5.append(float(torch.isin(best_a.indices, best_b.indices).double().mean()))
         if not top1[-1]:
-            margin.append(float((best_a.values[0] - best_a.values[1]) / deviation))
+            margin.append(float((best_a.values[0] - a[best_b.indices[0]]) / deviation))
     kl_N = torch.stack(kl)
     return LogitNumbers(
         positions=len(a_NV),
