@@ -150,7 +150,13 @@ def _experts(place: Place, precision: str, shape: ModelShape, T: int, quantise: 
     x, chosen = place.random(T, H), routings(place, E, K, T)
     hit = sum(len(expert.unique()) for _, expert in chosen) / ROUTINGS
     calls: dict[str, Call] = {OURS: lambda experts, i: experts(x, *chosen[i % ROUTINGS])}
-    if quantise is None and not layout.is_own(place.device):
+    if quantise is not None and not layout.is_own(place.device):
+        by_definition = getattr(reference_quantised, f"moe_experts_{quantise}")
+        parts = ("gate_up", "gate_up_scale", "down", "down_scale")
+        calls["reference"] = lambda one, i: by_definition(
+            x, *chosen[i % ROUTINGS], *(getattr(one, part) for part in parts)
+        )
+    elif not layout.is_own(place.device):
         calls["reference"] = lambda one, i: reference.moe_experts(x, *chosen[i % ROUTINGS], one.gate_up, one.down)
         if place.dtype is torch.bfloat16:
             calls["torch"] = lambda one, i: grouped_mm(x, *chosen[i % ROUTINGS], one.gate_up, one.down)

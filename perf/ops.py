@@ -198,6 +198,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     args = parser.read(argv)
     args.tokens = numbers("--tokens", args.tokens)
     out_file("--out", args.out)
-    if min(args.context, args.rounds, args.threads, args.walk_bytes or 1) < 1 or args.skew < 0:
+    walked = 1 if args.walk_bytes is None else args.walk_bytes
+    if min(args.context, args.rounds, args.threads, walked) < 1 or args.skew < 0:
         raise UserError("--context, --rounds, --threads and --walk-bytes must be at least 1, --skew at least 0")
     return args

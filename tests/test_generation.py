@@ -232,3 +232,34 @@ def test_a_warning_beyond_the_positions_that_the_model_knows(variant: dict[str, 
     with pytest.warns(UserWarning, match=expected) as caught:
         ascend.generate(model, tokens(1, 60), 5)
     assert caught[0].filename == __file__
+
+
+def continued(decoder: Decoder, count: int) -> list[list[int]]:
+    """Greedy tokens of a batch, ``count`` a row."""
+    token_B = decoder.prefill().argmax(-1)
+    made = [token_B]
+    for _ in range(count - 1):
+        made.append(decoder.step(made[-1]).argmax(-1))
+    return torch.stack(made, dim=1).tolist()
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("capture", [False, True])
+@pytest.mark.parametrize("padding", [0, 2])
+def test_a_batch_that_begins_again_gives_what_a_new_one_gives(
+    capture: bool, padding: int, model: BailingMoeV2ForCausalLM
+) -> None:
+    mask = None
+    if padding:
+        mask = torch.ones(2, 6, dtype=torch.int64)
+        mask[1, :padding] = 0
+    decoder = Decoder(model, tokens(2, 6, 0), mask, 9, capture)
+    continued(decoder, 9)
+    keys = decoder.cache.keys[0].data_ptr()
+    for seed, count in ((1, 9), (2, 4), (2, 9), (0, 1)):
+        decoder.restart(tokens(2, 6, seed))
+        assert (decoder.cache.written_B.tolist(), decoder.length) == ([0, 0], 0)
+        expected = ascend.generate(model, tokens(2, 6, seed), count)[:, 6:].tolist()
+        assert continued(decoder, count) == expected
+        assert decoder.cache.written_B.tolist() == [6 + count - 1] * 2
+    assert decoder.cache.keys[0].data_ptr() == keys, "the cache stays where a graph reads it"

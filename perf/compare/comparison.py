@@ -120,7 +120,7 @@ def _line(number: int, system: System, point: Point) -> Line:
         per_card=tokens / system.cards if tokens and system.cards else None,
         per_watt=tokens / point.watts if tokens and point.watts else None,
         share_of_limit=None if emulated else point.share_of_read_rate or _share_of_limit(system, point, tokens),
-        tokens_per_second_per_user=1e3 / step.median if step and step.median else None,
+        tokens_per_second_per_user=1e3 / step.median if step and step.median and not emulated else None,
     )
 
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import io
 import re
+import warnings
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import matplotlib
+from matplotlib.font_manager import get_font_names
 
 matplotlib.use("Agg")
 from matplotlib.figure import Figure as Canvas
@@ -22,9 +24,15 @@ if TYPE_CHECKING:
 # Okabe and Ito's colours, which people who see red and green alike can tell apart; markers repeat less often.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
-SIZE = (7.2, 4.2)  # inches
-STYLE: Any = {"svg.fonttype": "none", "font.family": "sans-serif", "font.size": 10, "axes.spines.top": False}
+SIZE = (7.2, 4.2)  # inches, without the legend
+ENTRY = 0.19  # inches of a line of the legend
+ROW = 0.24  # inches of a row of a plot that has one for each point
+LONGEST = 80  # characters of a label; the page has the whole of it
+# Labels may be Chinese, and matplotlib's own font is not: the first of these that are installed stand in.
+FONTS = ("DejaVu Sans", "Noto Sans CJK SC", "Source Han Sans SC", "WenQuanYi Zen Hei", "Microsoft YaHei", "SimHei")
+STYLE: Any = {"svg.fonttype": "none", "font.size": 10, "axes.spines.top": False, "text.parse_math": False}
 STYLE |= {"axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.3, "legend.frameon": False}
+STYLE |= {"axes.axisbelow": True, "font.family": [name for name in FONTS if name in get_font_names()]}
 
 
 def draw(comparison: Comparison) -> dict[str, Canvas]:
@@ -41,11 +49,18 @@ def draw(comparison: Comparison) -> dict[str, Canvas]:
 def svg(canvas: Canvas, name: str) -> str:
     """Return a figure as an SVG element to stand in a page: no prolog, no metadata, ids of its own."""
     text = io.StringIO()
-    with matplotlib.rc_context(STYLE | {"svg.hashsalt": name}):
-        canvas.savefig(text, format="svg", metadata={"Date": None})
+    save(canvas, text, format="svg", metadata={"Date": None})
     whole = text.getvalue()
     element = re.sub(r"<metadata>.*?</metadata>", "", whole[whole.index("<svg") :], flags=re.DOTALL)
-    return re.sub(r'(id="|xlink:href="#|url\(#)', rf"\g<1>{name}-", element)
+    # In tags alone: a label may read like one.
+    return re.sub(r"<[^>]+>", lambda tag: re.sub(r'(id="|href="#|url\(#)', rf"\g<1>{name}-", tag[0]), element)
+
+
+def save(canvas: Canvas, target: Any, **options: Any) -> None:
+    """Save a figure, the same bytes each time. A letter that no font here has stays a box, and is not complained of."""
+    with matplotlib.rc_context(STYLE | {"svg.hashsalt": "perf"}), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing")
+        canvas.savefig(target, **options)
 
 
 def _throughput(comparison: Comparison, axes: Axes) -> bool:
@@ -67,9 +82,11 @@ def _pareto(comparison: Comparison, axes: Axes) -> bool:
             x: Any = [line.tokens_per_second_per_user for line in lines]
             y: Any = [line.per_card for line in lines]
             axes.plot(x, y, **_style(comparison, number))
-            for line in lines:
-                at: Any = (line.tokens_per_second_per_user, line.per_card)
-                axes.annotate(f"{line.load:g}", at, textcoords="offset points", xytext=(5, 4), fontsize=8)
+            last = (-1.0, -1.0)
+            for line, at in zip(lines, zip(x, y, strict=True), strict=True):
+                if abs(at[0] - last[0]) / max(x) + abs(at[1] - last[1]) / max(y) > 0.05:  # else they would overlap
+                    axes.annotate(f"{line.load:g}", at, textcoords="offset points", xytext=(5, 4), fontsize=8)
+                    last = at
     best = sorted(
         (line.tokens_per_second_per_user, line.per_card) for line in comparison.lines if line.pareto and line.per_card
     )
@@ -113,6 +130,7 @@ def _ratios(comparison: Comparison, axes: Axes) -> bool:
         style = _style(comparison, number) | {"linestyle": "none", "label": None}
         axes.errorbar([found.value], [place], xerr=spread, capsize=4, **style)
     if rows:
+        axes.figure.set_figheight(_height(len(rows)))  # type: ignore[union-attr]
         axes.axvline(1, color="0.3", linewidth=1)
         axes.set_yticks(range(len(rows)), [name for name, _, _ in rows])
         axes.invert_yaxis()
@@ -123,8 +141,11 @@ def _ratios(comparison: Comparison, axes: Axes) -> bool:
 def _shares(comparison: Comparison, axes: Axes) -> bool:
     rows = [line for line in comparison.lines if line.share_of_limit is not None]
     for place, line in enumerate(rows):
-        axes.barh([place], [100 * (line.share_of_limit or 0)], color=COLOURS[line.system % len(COLOURS)])
+        bar = axes.barh([place], [100 * (line.share_of_limit or 0)], color=COLOURS[line.system % len(COLOURS)])
+        axes.bar_label(bar, fmt="%.0f %%", padding=3, fontsize=8)
     if rows:
+        axes.figure.set_figheight(_height(len(rows)))  # type: ignore[union-attr]
+        axes.margins(x=0.08)
         axes.set_yticks(range(len(rows)), [f"{letter(line.system)}, {load(line.axis, line.load)}" for line in rows])
         axes.invert_yaxis()
         axes.set(xlabel="per cent of what memory and arithmetic allow", title="Share of the limit")
@@ -159,17 +180,26 @@ def _by_system(comparison: Comparison, axis: str, key: str) -> list[tuple[int, l
 
 
 def _style(comparison: Comparison, number: int) -> dict[str, Any]:
-    label = f"{letter(number)}  {comparison.systems[number].label}"
+    system = comparison.systems[number]
+    emulated = "EMULATED, " if system.run is not None and system.run.machine.emulated else ""
+    label = f"{letter(number)}  {emulated}{system.label}"
+    label = label if len(label) <= LONGEST else f"{label[: LONGEST - 1]}…"
     return {"color": COLOURS[number % len(COLOURS)], "marker": MARKERS[number % len(MARKERS)], "label": label}
 
 
+def _height(rows: int) -> float:
+    return max(SIZE[1], 1.2 + ROW * rows)
+
+
 def _finish(axes: Axes, logarithmic: bool = False) -> bool:
-    if not axes.get_legend_handles_labels()[0]:
+    entries = len(axes.get_legend_handles_labels()[0])
+    if not entries:
         return False
     axes.set_ylim(bottom=0)
     if logarithmic:
         axes.set_xscale("log", base=2)
         ticks = sorted({float(x) for line in axes.get_lines() for x in line.get_xdata() if float(x) > 0})  # type: ignore[union-attr,arg-type]
         axes.set_xticks(ticks, [f"{x:g}" for x in ticks], minor=False)
-    axes.legend(fontsize=8)
+    axes.figure.set_figheight(SIZE[1] + ENTRY * entries)  # type: ignore[union-attr]
+    axes.figure.legend(loc="outside lower left", fontsize=8)  # never over the data, however long the labels are
     return True

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -12,9 +12,9 @@ import jinja2
 
 from ascend.errors import UserError
 from perf.compare.comparison import Comparison
-from perf.compare.figures import draw, svg
+from perf.compare.figures import draw, save, svg
 from perf.compare.systems import METRICS
-from perf.compare.table import facts, letter, load, places
+from perf.compare.table import facts, letter, load, places, side
 from perf.machine import commit
 
 SHOWN = (
@@ -30,16 +30,16 @@ def render(comparison: Comparison, argv: Sequence[str]) -> str:
         loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=jinja2.StrictUndefined
     )
     environment.filters["figure"] = lambda value: "-" if value is None else f"{value:,.{places(value)}f}"
-    used = [key for key in SHOWN if any(key in line.figures for line in comparison.lines)]
     return environment.get_template("page.html.jinja").render(
         comparison=comparison,
         systems=[_system(number, comparison) for number in range(len(comparison.systems))],
         pairs=[
-            {"name": f"{letter(pair.b)} against {letter(pair.a)}", "pair": pair, "rows": _rows(pair.ratios)}
+            {"name": f"{letter(pair.b)} against {letter(pair.a)}", "pair": pair, "used": _used(pair.ratios.values())}
             for pair in comparison.pairs
         ],
         metrics=METRICS,
-        used=used,
+        used=_used(line.figures for line in comparison.lines),
+        side=side,
         letter=letter,
         load=load,
         plots={name: jinja2.filters.do_mark_safe(svg(canvas, name)) for name, canvas in draw(comparison).items()},
@@ -55,7 +55,7 @@ def save_plots(comparison: Comparison, folder: Path) -> None:
         for name, canvas in draw(comparison).items():
             for kind in ("svg", "png"):
                 file = folder / f"{name}.{kind}"
-                canvas.savefig(file, dpi=DOTS_PER_INCH, metadata={"Date": None} if kind == "svg" else None)
+                save(canvas, file, dpi=DOTS_PER_INCH, metadata={"Date": None} if kind == "svg" else None)
                 file.chmod(0o640)
     except OSError as error:
         raise UserError(f"--plots {folder}: cannot be written ({error.strerror})") from None
@@ -77,13 +77,7 @@ def _system(number: int, comparison: Comparison) -> dict[str, Any]:
     }
 
 
-def _rows(ratios: dict[tuple[str, float], dict[str, Any]]) -> list[dict[str, Any]]:
-    rows = []
-    for (axis, value), found in ratios.items():
-        for key, one in found.items():
-            if key in SHOWN:
-                side = (
-                    "" if not one.settled else "better" if (one.value > 1) == METRICS[key].more_is_better else "worse"
-                )
-                rows.append({"load": load(axis, value), "metric": METRICS[key].label, "ratio": one, "side": side})
-    return rows
+def _used(found: Iterable[Mapping[str, Any]]) -> list[str]:
+    """Return the figures of `SHOWN` that any point has."""
+    having = [set(one) for one in found]
+    return [key for key in SHOWN if any(key in one for one in having)]

@@ -94,6 +94,8 @@ def _soft(a: System, b: System) -> list[Finding]:
         found += _differ(a, b, "driver", lambda run: run.machine.software.get("driver"), ACROSS["versions"], "versions")
     if a.run and b.run and a.run.machine.device_type == b.run.machine.device_type == "cpu":
         found += _differ(a, b, "cores", lambda run: run.machine.cores, ACROSS["threads"], "threads")
+        if a.threads != b.threads:
+            found.append(Finding("threads", _short(a.threads), _short(b.threads), ACROSS["threads"], "threads"))
     return found
 
 
@@ -137,6 +139,8 @@ def _differ(
 
 
 def _short(value: Any) -> str:
+    if isinstance(value, tuple):  # hashes, of every repeat
+        value = " ".join(one[:7] for one in value) or None
     return "unknown" if value is None else str(value)[:40]
 
 

@@ -62,7 +62,7 @@ class System:
     label: what the report calls it. source: the file. tool: what measured. cards: None where the file does not say.
     settings: what must be the same for two systems to be comparable, by name. paired: systems of the same value were
     measured in turns, so that their rounds can be compared one by one. lengths: tokens of a request's prompt and
-    answer, means. run: None for files of other tools.
+    answer, means. run: None for files of other tools. threads: of an engine on the CPU.
     """
 
     label: str
@@ -75,6 +75,7 @@ class System:
     paired: str | None = None
     lengths: tuple[float, float] | None = None
     run: Run | None = None
+    threads: int | None = None
 
 
 def read_systems(file: Path, label: str | None = None) -> list[System]:
@@ -129,6 +130,7 @@ def _decode(result: Result, source: str, label: str | None) -> list[System]:
                 settings,
                 source,
                 run=result.run,
+                threads=result.settings.threads,
             )
         )
     return systems
@@ -136,7 +138,9 @@ def _decode(result: Result, source: str, label: str | None) -> list[System]:
 
 def _serve(result: Result, source: str, label: str | None) -> list[System]:
     points: dict[tuple[str, float], list[Any]] = {}
-    for row in result.rows:
+    for number, row in enumerate(result.rows):
+        if (row.max_concurrency is None) == (row.request_rate is None):
+            raise UserError(f"{source}: rows.{number}: one of max_concurrency and request_rate must be set, not both")
         axis = ("rate", row.request_rate) if row.max_concurrency is None else ("concurrency", row.max_concurrency)
         points.setdefault(axis, []).append(row)
     settings = {
@@ -149,7 +153,7 @@ def _serve(result: Result, source: str, label: str | None) -> list[System]:
         Point(
             axis,
             load,
-            {key: [row.result[key] for row in rows] for key in METRICS if all(key in row.result for row in rows)},
+            _samples([row.result for row in rows]),
             _mean([row.watts for row in rows]),
             work=tuple(sorted(row.prompts_sha256 for row in rows)),
         )
@@ -160,6 +164,12 @@ def _serve(result: Result, source: str, label: str | None) -> list[System]:
     name = label or f"{many}{run.machine.device}, {run.model.precision}"
     lengths = (result.settings.input_tokens, result.settings.output_tokens)
     return [System(name, source, "perf serve", result.settings.engine, made, cards, settings, None, lengths, run)]
+
+
+def _samples(results: list[dict[str, Any]]) -> dict[str, list[float]]:
+    """Return the figures that every repeat has; what the client did not reckon (goodput without a level) is null."""
+    found: dict[str, list[Any]] = {key: [one.get(key) for one in results] for key in METRICS}
+    return {key: values for key, values in found.items() if all(type(value) in (int, float) for value in values)}
 
 
 def _mean(values: list[float | None]) -> float | None:

@@ -6,6 +6,7 @@ from dataclasses import asdict
 from typing import Any
 
 from perf.compare.comparison import Comparison, Line, Pair
+from perf.compare.intervals import Ratio
 from perf.compare.systems import AXES, METRICS, System
 from perf.result import finite
 
@@ -66,6 +67,13 @@ def places(value: float) -> int:
     return 0 if abs(value) >= 100 else 1 if abs(value) >= 10 else 2
 
 
+def side(key: str, found: Ratio) -> str:
+    """Say whether a ratio of a metric is ``better`` or ``worse`` than 1, nothing where its bounds leave that open."""
+    if not found.settled:
+        return ""
+    return "better" if (found.value > 1) == METRICS[key].more_is_better else "worse"
+
+
 def _or_dash(value: float | None, width: int, decimals: int) -> str:
     return f"{'-':>{width}}" if value is None else f"{value:>{width}.{decimals}f}"
 
@@ -86,10 +94,7 @@ def _pair(comparison: Comparison, pair: Pair) -> None:
         print(f"   note: {remark}")
     for (axis, value), ratios in pair.ratios.items():
         for key, found in ratios.items():
-            better = (
-                "" if not found.settled else ("better" if (found.value > 1) == METRICS[key].more_is_better else "worse")
-            )
-            print(f"   {load(axis, value):<18}{METRICS[key].label:<34}{found!s:<26}{better}")
+            print(f"   {load(axis, value):<18}{METRICS[key].label:<35}{found!s:<26}{side(key, found)}".rstrip())
     if pair.judgement.comparable and not pair.ratios:
         print("   no load that both were measured under")
 

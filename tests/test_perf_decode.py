@@ -1,0 +1,326 @@
+"""`perf decode`: what its rows say follows from what was timed; engines, workers, mistakes; power."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import stat
+import statistics
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import ascend
+from ascend.cost import decode_work
+from ascend.devices import Host
+from ascend.devices.cpu import CpuDevice
+from ascend.devices.npu import NpuDevice
+from ascend.model_shape import ModelShape
+from ascend.precision import FP32, PRECISIONS
+from perf import result
+from perf.decode import FEW, main
+from perf.engines import Engine, Lean, Setting
+from perf.power import PowerMeter
+from perf.rates import read_rate, seconds
+from perf.result import DecodeRow, Result
+from perf.worker import Worker
+from tests import tiny
+from tests.tiny import user_error
+
+REPOSITORY = Path(__file__).parents[1]
+CORES = len(os.sched_getaffinity(0))
+QUICK = ["--new-tokens", "24", "--rounds", "2", "--prompt-length", "5", "--threads", "1"]
+
+
+def decode(*arguments: str, timeout: float = 300) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "perf", "decode", *arguments]
+    return subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=timeout)
+
+
+def setting(model: Path, **changes: Any) -> Setting:
+    made = Setting(model, "cpu", "float32", None, 1, 2, 40, False, 0)
+    return replace(made, **changes)
+
+
+def rows_follow(made: Result, config: dict[str, Any], stored: str) -> None:
+    """Recompute all that is derived in the rows of a decode result."""
+    settings, rows = made.settings, made.rows
+    plain = "fp32" if stored == "fp32" else "bf16"
+    formats = replace(PRECISIONS[stored], plain=PRECISIONS[plain].plain, router=FP32)
+    for row in rows:
+        assert isinstance(row, DecodeRow)
+        assert len(row.step_seconds) == len(row.read_rate) == settings.rounds
+        median = statistics.median(row.step_seconds)
+        assert row.tokens_per_second == pytest.approx(row.batch / median)
+        assert row.context == settings.prompt_length + FEW + settings.new_tokens // 2
+        assert row.bytes_per_step > 0
+        shares = [row.bytes_per_step / s / rate for s, rate in zip(row.step_seconds, row.read_rate, strict=True)]
+        assert row.share_of_read_rate == pytest.approx(statistics.median(shares))
+        assert (row.sheet_rate, row.share_of_sheet) == (None, None), "nobody says what this processor can do"
+        assert row.memory_bytes is None or row.memory_bytes > 1e6
+        width = 4 if plain == "fp32" else 2
+        work = decode_work(
+            ModelShape.from_config(config),
+            formats,
+            row.batch,
+            row.context,
+            kv_bytes=width,
+            distinct=row.distinct_experts,
+        )
+        assert row.bytes_per_step == pytest.approx(sum(part.nbytes for part in work.values()))
+        assert row.flops_per_step == pytest.approx(sum(part.flops for part in work.values()))
+        others = {(one.distinct_experts, tuple(one.read_rate)) for one in rows if one.batch == row.batch}
+        assert len(others) == 1, "engines of a round share them"
+
+
+@pytest.mark.slow
+def test_lean_alone_with_random_weights(tmp_path: Path) -> None:
+    out = tmp_path / "a.json"
+    arguments = ["--model", "tiny", "--layers", "2", "--batch", "1,3", *QUICK, "--out", str(out), "--json"]
+    done = decode(*arguments)
+    assert done.returncode == 0, done.stderr
+    assert "EMULATED" not in done.stdout
+    lines = done.stdout.splitlines()
+    made = result.read(out)
+    assert json.loads(lines[-1]) == json.loads(out.read_text())
+    run, model = made.run, made.run.model
+    assert run.command == " ".join(["python -m perf decode", *arguments])
+    assert (model.name, model.weights, model.precision) == ("tiny", "random", "bf16")
+    assert (model.layers, model.num_hidden_layers) == (2, 4)
+    assert (run.machine.device_type, run.machine.emulated, run.machine.cards) == ("cpu", False, 1)
+    assert run.versions["lean"] == f"ascend {ascend.__version__}"
+    assert (made.settings.rounds, made.settings.threads, made.settings.captured) == (2, 1, False)
+    assert [(row.engine, row.batch) for row in made.rows] == [("lean", 1), ("lean", 3)]
+    assert model.shape is not None
+    rows_follow(made, model.shape | {"num_hidden_layers": 2}, "bf16")
+    one, three = (row.distinct_experts for row in made.rows)
+    assert one == 4, "a token takes top_k experts"
+    assert three is not None
+    assert 4 <= three <= 12
+    assert "2 of 4 layers, random weights, bf16" in lines[0]
+    table = [line.split() for line in lines if line.startswith("lean ")]
+    for row, line in zip(made.rows, table, strict=True):
+        median = 1e3 * statistics.median(row.step_seconds)
+        assert line[:4] == ["lean", str(row.batch), f"{row.tokens_per_second:.1f}", f"{median:.2f}"]
+        assert line[-1] == "1.00"
+
+
+@pytest.mark.slow
+def test_a_checkpoint_quantised_in_memory(tmp_path: Path) -> None:
+    path, out = tiny.checkpoint(tmp_path / "demo", "bf16"), tmp_path / "a.json"
+    done = decode("--model", str(path), "--quantise", "w8a8", "--batch", "2", *QUICK, "--out", str(out))
+    assert done.returncode == 0, done.stderr
+    made = result.read(out)
+    assert (made.run.model.precision, made.run.model.name) == ("w8a8", "demo")
+    assert made.run.model.weights not in (None, "random")
+    rows_follow(made, tiny.read_config(path), "w8a8")
+
+
+@pytest.mark.slow
+def test_beside_its_peers(tmp_path: Path) -> None:
+    out = tmp_path / "a.json"
+    peers = ["transformers", "vllm"]
+    arguments = ["--model", "tiny", "--engines", ",".join(["lean", *peers]), "--batch", "2", *QUICK, "--out", str(out)]
+    done = decode(*arguments)
+    assert done.returncode == 0, done.stderr
+    made = result.read(out)
+    first = made.rows[0]
+    assert [row.engine for row in made.rows] == ["lean", *peers]
+    assert made.run.model.shape is not None
+    rows_follow(made, made.run.model.shape, "bf16")
+    for row in made.rows[1:]:
+        assert row.version.startswith(row.engine)
+        assert made.run.versions[row.engine] == row.version
+        line = next(line for line in done.stdout.splitlines() if line.startswith(row.engine)).split()
+        times = zip(first.step_seconds, row.step_seconds, strict=True)
+        assert line[-1] == f"{statistics.median(theirs / ours for ours, theirs in times):.2f}"
+
+
+@pytest.mark.slow
+def test_an_emulated_card_is_labelled(tmp_path: Path) -> None:
+    out = tmp_path / "a.json"
+    arguments = ["--model", "tiny", "--layers", "2", "--device", "npu-emulated", "--batch", "1", *QUICK]
+    done = decode(*arguments, "--rounds", "1", "--out", str(out))
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("EMULATED CARD: every time below is this computer's, and says nothing of an Ascend")
+    made = result.read(out)
+    assert (made.run.machine.emulated, made.run.machine.device_type) == (True, "npu")
+    assert (made.settings.threads, made.settings.captured) != (None, False)
+
+
+def test_mistakes_get_one_line(tmp_path: Path) -> None:
+    gone = tmp_path / "gone" / "x"
+    for arguments, line in (
+        (["--model", "tinny"], "--model tinny: neither a directory nor one of tiny, small, ling-mini, ling-flash (did"),
+        (["--model", "tiny", "--layers", "9"], "--layers 9: tiny has 4, of which at least 2 make a dense and an MoE"),
+        (["--model", "tiny", "--engines", "lean,vlm"], "--engines: unknown 'vlm' (did you mean 'vllm'?); there is "),
+        (["--model", "tiny", "--engines", "lean,lean"], "--engines 'lean,lean' names one twice"),
+        (["--model", "tiny", "--batch", "0"], "--batch '0' is not a list of different whole numbers from 1, such as"),
+        (["--model", "tiny", "--rounds", "0"], "--prompt-length, --new-tokens, --rounds and --threads must be at l"),
+        (["--model", "tiny", "--threads", "99999"], f"--threads 99999 is more than the {CORES} cores this process "),
+        (["--model", "tiny", "--quantise", "w8"], "argument --quantise: invalid choice: 'w8' (choose from "),
+        (["--model", "tiny", "--out", str(gone)], f"--out {gone}: there is no such folder"),
+        (["--model", "tiny", "--new-token", "2"], "unknown argument '--new-token' (did you mean '--new-tokens'?); see"),
+        ([], "the following arguments are required: --model; see python -m perf decode --help"),
+        (["--model", "tiny", "--device", "gpu"], "unknown device 'gpu'"),
+    ):
+        assert user_error(main, arguments).startswith(line), arguments
+
+
+@pytest.mark.slow
+def test_an_engine_that_cannot_is_told_in_one_line() -> None:
+    done = decode("--model", "tiny", "--engines", "lean,transformers", "--quantise", "w8a8", *QUICK)
+    assert (done.returncode, done.stderr) == (2, "error: engine transformers: it runs unquantised only\n")
+    assert done.stdout == ""
+
+
+# Workers.
+
+
+def living(worker: Worker) -> Worker:
+    worker.answer()
+    return worker
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tiny.checkpoint(tmp_path / "demo")
+
+
+@pytest.mark.slow
+def test_a_worker_answers_and_then_dies(path: Path) -> None:
+    worker = living(Worker("lean", setting(path), os.environ, verbose=False))
+    try:
+        request = {"batch": 2, "prompt_length": 3, "new_tokens": 4, "seed": 1}
+        answer = worker.answer(**request)
+        assert answer["seconds"] > 0
+        assert answer["memory_bytes"] is None or answer["memory_bytes"] > 0
+        worker.process.send_signal(signal.SIGKILL)
+        worker.process.wait()
+        line = "engine lean ended with code -9; run again with --verbose to see why"
+        # A pipe that broke must not pass for a reader who went away, which ends a command quietly and well.
+        assert user_error(worker.answer, **request) == line
+    finally:
+        worker.stop()
+
+
+@pytest.mark.slow
+def test_a_worker_that_cannot_start_says_why(path: Path, tmp_path: Path) -> None:
+    (path / "model.safetensors").write_bytes(b"no tensors")
+    worker = Worker("lean", setting(path), os.environ, verbose=False)
+    line = user_error(worker.answer)
+    worker.stop()
+    assert "model.safetensors" in line
+    worker = Worker("no such engine", setting(path), os.environ, verbose=False)
+    line = "engine no such engine ended with code 1; run again with --verbose to see why"
+    assert user_error(worker.answer) == line
+    worker.stop()
+
+
+def test_distinct_experts_are_those_that_a_step_hits(path: Path) -> None:
+    engine = Lean(setting(path))
+    prompts = torch.randint(0, 300, (5, 6), generator=torch.Generator().manual_seed(3)).tolist()
+    model = ascend.load_model(path, dtype="float32")
+    # By hand: the experts that the last token of each longer sequence takes.
+    ids = torch.tensor(prompts)
+    sequence = ascend.generate(model, ids, 1)
+    chosen: list[torch.Tensor] = []
+    gates = [layer.mlp.gate for layer in model.model.layers if hasattr(layer.mlp, "gate")]
+    for gate in gates:
+        gate.register_forward_hook(lambda gate, args, out: chosen.append(out[1].view(5, 7, -1)[:, -1]))
+    model(sequence)
+    main_layers = len(chosen)
+    assert main_layers == 2
+    expected = statistics.mean(len(experts.unique()) for experts in chosen)
+    assert engine.distinct_experts(prompts) == expected
+    assert engine.distinct_experts([prompts[0]]) == 3
+    assert Engine.distinct_experts(engine, prompts) is None
+
+
+def test_lean_generates_the_same_each_time_from_what_it_keeps(path: Path) -> None:
+    """Batches take turns; the second generation of one restarts its decoder."""
+    engine = Lean(setting(path))
+    made: dict[str, list[list[int]]] = {}
+    keep = torch.stack
+
+    prompts = {
+        "a": torch.randint(0, 300, (2, 6), generator=torch.Generator().manual_seed(1)),
+        "b": torch.randint(0, 300, (2, 6), generator=torch.Generator().manual_seed(2)),
+        "c": torch.randint(0, 300, (3, 6), generator=torch.Generator().manual_seed(3)),
+    }
+    with pytest.MonkeyPatch.context() as patch:
+        for number, which in enumerate("aabcab"):
+            seen: list[torch.Tensor] = []
+
+            def stack(tensors: Any, *, _seen: list[torch.Tensor] = seen) -> torch.Tensor:
+                _seen.append(keep(tensors))
+                return _seen[-1]
+
+            patch.setattr(torch, "stack", stack)
+            count = engine.generate(prompts[which].tolist(), 7)
+            assert count == 7 * len(prompts[which])
+            made[f"{which}{number}"] = seen[-1].T.tolist()
+    for name, tokens in made.items():
+        expected = ascend.generate(engine.model, prompts[name[0]], 7)[:, 6:]
+        assert tokens == expected.tolist(), name
+
+
+# Rates and power.
+
+
+def test_rates_are_those_of_the_device() -> None:
+    device = CpuDevice()
+    took = seconds(device, lambda: time.sleep(0.01), passes=2)
+    assert 0.01 <= took < 0.05
+    assert 1e8 < read_rate(device) < 1e13
+
+
+def npu_smi(folder: Path) -> Host:
+    """A machine whose npu-smi tells the card's index as its watts."""
+    tool = folder / "npu-smi"
+    tool.write_text('#!/bin/sh\nprintf "\\tNPU ID                         : $5\\n"\n'
+                    'printf "\\tNPU Real-time Power(W)         : %s0.5\\n" "$5"\n')  # fmt: skip
+    tool.chmod(tool.stat().st_mode | stat.S_IXUSR)
+    return Host(folder, {"PATH": str(folder)}, ())
+
+
+def test_power_is_the_sum_of_the_cards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    host = npu_smi(tmp_path)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    with PowerMeter(NpuDevice(0, host), 3) as power:
+        time.sleep(0.01)
+    assert power.watts == pytest.approx(0.5 + 10.5 + 20.5)
+    with PowerMeter(None) as power:
+        pass
+    assert power.watts is None
+    monkeypatch.setenv("PATH", str(tmp_path / "nothing"))
+    with PowerMeter(NpuDevice(0, host), 1) as power:
+        pass
+    assert power.watts is None
+
+
+def test_power_of_another_card_than_the_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`perf decode --device npu:2` must not report what npu:0 draws."""
+    host = npu_smi(tmp_path)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    with PowerMeter(NpuDevice(2, host)) as power:
+        time.sleep(0.01)
+    assert power.watts == pytest.approx(20.5)
+
+
+def test_part_of_a_sum_is_no_figure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    host = npu_smi(tmp_path)
+    tool = tmp_path / "npu-smi"
+    tool.write_text(tool.read_text().replace("#!/bin/sh\n", '#!/bin/sh\n[ "$5" = 1 ] && exit 1\n'))
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    for cards, watts in ((1, 0.5), (3, None)):
+        with PowerMeter(NpuDevice(0, host), cards) as power:
+            time.sleep(0.01)
+        assert power.watts == watts

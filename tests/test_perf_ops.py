@@ -1,0 +1,315 @@
+"""`perf ops`: what is run and counted, that a broken op is not timed, and what its rows say."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import ops
+import perf.ops as command
+from ascend.devices.cpu import CpuDevice
+from ascend.model_shape import ModelShape
+from convert.demo_config import demo_config
+from ops import reference
+from perf import op_cases, result
+from perf.op_cases import OURS, ROUTINGS, Case, Place, cases, grouped_mm, routings
+from perf.ops import TOLERANCE, main
+from tests import tiny
+from tests.tiny import user_error
+
+TINY = ModelShape.from_config(demo_config("tiny", 0, "bf16", None, {})[0])
+FLASH = ModelShape.from_config(demo_config("ling-flash", 0, "bf16", None, {})[0])
+CPU = torch.device("cpu")
+QUICK = ["--model", "tiny", "--context", "16", "--rounds", "2", "--walk-bytes", "300000", "--threads", "1"]
+NAMES = ["add_rms_norm", "linear", "attention", "moe_gate", "moe_experts", "swiglu_mlp", "linear"]
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rates by a quick guess: half a second each is what the command takes for them."""
+    monkeypatch.setattr(command, "read_rate", lambda device, emulated: 2e10)
+    monkeypatch.setattr(command, "matmul_rate", lambda device, dtype, emulated: 1e11)
+
+
+def place(dtype: torch.dtype = torch.bfloat16, skew: float = 0.0, seed: int = 0) -> Place:
+    return Place(CPU, dtype, skew, torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("quantise", [None, "w8a8", "w4a16"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_every_implementation_gives_what_ours_gives(dtype: torch.dtype, quantise: str | None) -> None:
+    several = 0
+    for case in cases(TINY, place(dtype), 3, 9, quantise):
+        copy = case.make()
+        for number in (0, 1, ROUTINGS + 1):
+            ours = case.calls[OURS](copy, number)
+            assert ours.isfinite().all()
+            assert ours.abs().max() > 0
+            for name, call in case.calls.items():
+                assert command._difference(case, call(copy, number), ours, name) is None, (case.op, name)
+                several += name != OURS
+        assert case.nbytes > 0
+    assert several >= 3 * (8 if quantise is None else 5)
+
+
+def test_copies_are_other_weights() -> None:
+    for case in cases(TINY, place(), 2, 9, None):
+        one, two = (case.calls[OURS](case.make(), 0) for _ in range(2))
+        assert not torch.equal(one, two), case.op
+
+
+def parameters_of(copy: Any) -> list[Tensor]:
+    if isinstance(copy, Tensor):
+        return [copy]
+    return list(copy) if isinstance(copy, tuple) else [*copy.parameters(), *copy.buffers()]
+
+
+@pytest.mark.parametrize(("T", "S"), [(1, 100), (5, 7)])
+def test_bytes_and_flops_by_hand(T: int, S: int) -> None:
+    """bf16, from the shapes alone; a multiplication and an addition are two operations."""
+    by_op: dict[str, list[Case]] = {}
+    for case in cases(FLASH, place(), T, S, None):
+        by_op.setdefault(case.op, []).append(case)
+    H, I, V, E, K, N, G, D = 4096, 1024, 157184, 256, 8, 32, 4, 128  # noqa: E741
+    counted = {name: [(case.nbytes, case.flops) for case in found] for name, found in by_op.items()}
+    assert counted["add_rms_norm"] == [(2 * (4 * T * H + H), 0)]
+    qkv = (N + 2 * G) * D
+    assert counted["linear"] == [(2 * (O * H + T * (H + O)), 2 * T * H * O) for O in (qkv, V)]  # noqa: E741
+    assert counted["attention"] == [(2 * 2 * T * G * S * D, 2 * 2 * T * N * S * D)]
+    assert counted["moe_gate"] == [(4 * E * H + 2 * T * H, 2 * T * E * H)]
+    assert counted["swiglu_mlp"] == [(2 * (3 * H * I + 2 * T * H), 2 * 3 * T * H * I)]
+    drawn = routings(replaying(T, S), E, K, T)
+    hit = statistics.mean(len({int(e) for e in expert.flatten()}) for _, expert in drawn)
+    assert counted["moe_experts"] == [(pytest.approx(2 * (hit * 3 * H * I + 2 * T * H)), 2 * 3 * T * K * H * I)]
+    assert hit == K if T == 1 else K < hit < T * K
+    assert [case.op for case in cases(FLASH, place(), T, S, None)] == NAMES
+
+
+def replaying(T: int, S: int) -> Place:
+    """A place whose generator stands where it stands before the experts' routings are drawn."""
+    made = place()
+    wanted = cases(FLASH, made, T, S, None)
+    for case in wanted:
+        if case.op == "moe_gate":
+            break
+    made.random(T, FLASH.hidden_size)
+    return made
+
+
+def test_bytes_of_quantised_weights() -> None:
+    plain, int8, int4 = (
+        {case.op: case for case in cases(FLASH, place(), 1, 9, quantise)} for quantise in (None, "w8a8", "w4a16")
+    )
+    H, I = 4096, 1024  # noqa: E741
+    for name, width in (("linear", 6144 * H // 1), ("swiglu_mlp", 3 * H * I)):
+        if name != "linear":  # of two linears the head comes last, unquantised
+            assert plain[name].nbytes - int8[f"{name}_w8a8"].nbytes == width
+    assert int8["linear_w8a8"].copy_bytes == (32 + 2 * 4) * 128 * H
+    assert plain["moe_experts"].copy_bytes == 256 * 2 * 3 * H * I
+    assert int8["moe_experts_w8a8"].copy_bytes == 256 * 3 * H * I
+    assert int4["moe_experts_w4a16"].copy_bytes == 256 * 3 * H * I * (0.5 + 2 / 128)
+    assert {name for name in int4 if name.endswith("w4a16")} == {"moe_experts_w4a16"}
+    assert (int8["linear"].precision, int8["linear_w8a8"].precision) == ("bf16", "w8a8")
+
+
+@pytest.mark.parametrize("quantise", [None, "w8a8", "w4a16"])
+def test_a_copy_holds_as_many_bytes_as_are_counted(quantise: str | None) -> None:
+    for case in cases(TINY, place(), 1, 9, quantise):
+        if case.op != "add_rms_norm":  # counts what it reads beside its weight
+            held = sum(tensor.nbytes for tensor in parameters_of(case.make()))
+            assert held == pytest.approx(case.copy_bytes, rel=0.08), case.op
+
+
+def test_routings_are_drawn_without_replacement() -> None:
+    for weight, expert in routings(place(), 16, 4, 7):
+        assert (weight.shape, weight.dtype, expert.shape, expert.dtype) == ((7, 4), torch.float32, (7, 4), torch.int64)
+        assert all(len(set(row)) == 4 for row in expert.tolist())
+    uniform, skewed = (
+        torch.cat([expert.flatten() for _, expert in routings(place(skew=skew), 16, 4, 100)]).bincount(minlength=16)
+        for skew in (0.0, 1.5)
+    )
+    assert uniform.max() / uniform.min() < 1.3
+    assert skewed.max() / skewed.min() > 4
+    assert len(routings(place(), 16, 4, 7)) == ROUTINGS
+
+
+def test_grouped_mm_is_the_experts_by_definition() -> None:
+    made = place()
+    x, gate_up, down = made.random(5, 64), 0.1 * made.random(6, 96, 64), 0.1 * made.random(6, 64, 48)
+    weight, expert = routings(made, 6, 3, 5)[0]
+    expected = reference.moe_experts(x, weight, expert, gate_up, down).float()
+    found = grouped_mm(x, weight, expert, gate_up, down).float()
+    assert (found - expected).abs().max() < 0.02 * expected.abs().max()
+
+
+# What is timed.
+
+
+def test_a_walk_goes_through_the_copies() -> None:
+    seen: list[tuple[str, int]] = []
+    command._walk(lambda copy, number: seen.append((copy, number)), ["a", "b", "c"], 7)()  # type: ignore[arg-type,func-returns-value]
+    assert seen == [(copy, number) for number, copy in enumerate("abcabca")]
+
+
+@pytest.mark.parametrize("walked", [1, 10_000, 300_000])
+def test_copies_together_are_what_is_walked(walked: int, quick: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: dict[str, int] = {}
+
+    def watched(shape: Any, *arguments: Any) -> Any:
+        for case in cases(shape, *arguments):
+
+            def make(case: Case = case) -> Any:
+                made[case.op] = made.get(case.op, 0) + 1
+                return case.make()
+
+            yield replace(case, make=make)
+
+    monkeypatch.setattr(op_cases, "cases", watched)
+    rows: list[Any] = []
+    monkeypatch.setattr(command, "_line", lambda row, ours: rows.append(row))
+    assert main([*QUICK, "--tokens", "1", "--walk-bytes", str(walked), "--rounds", "1"]) == 0
+    for row in rows:
+        if row.op == "linear":
+            continue  # twice
+        assert made[row.op] == row.copies
+    least = {row.op: row for row in rows if row.implementation == OURS}
+    case = next(one for one in cases(TINY, place(), 1, 16, None) if one.op == "moe_experts")
+    copies = least["moe_experts"].copies
+    assert (copies - 1) * case.copy_bytes < max(walked, 1) <= copies * case.copy_bytes
+
+
+@pytest.mark.parametrize("arguments", [[], ["--quantise", "w8a8"], ["--dtype", "fp32"]], ids=str)
+def test_rows(arguments: list[str], quick: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "a.json"
+    assert main([*QUICK, "--tokens", "1,3", *arguments, "--out", str(out), "--json"]) == 0
+    text = capsys.readouterr().out
+    made = result.read(out)
+    assert json.loads(text.splitlines()[-1]) == json.loads(out.read_text())
+    assert (made.kind, made.settings.rounds, made.settings.walked_bytes) == ("ops", 2, 300_000)
+    assert (made.settings.threads, made.settings.captured) == (1, False)
+    assert (made.run.model.name, made.run.model.weights) == ("tiny", "random")
+    for row in made.rows:
+        assert len(row.call_seconds) == len(row.read_rate) == len(row.matmul_rate) == 2
+        assert min(row.call_seconds) > 0
+        for amount, rate, share in (
+            (row.bytes, 2e10, row.share_of_read_rate),
+            (row.flops, 1e11, row.share_of_matmul_rate),
+        ):
+            assert share == pytest.approx(statistics.median(amount / one / rate for one in row.call_seconds))
+    ours = [row for row in made.rows if row.implementation == OURS]
+    assert [row.sizes["B" if row.op == "attention" else "T"] for row in ours] == [1] * 7 + [3] * 7
+    assert [row.op.removesuffix("_w8a8") for row in ours[:7]] == NAMES
+    assert all(row.sizes["S"] == 16 for row in ours if row.op == "attention")
+    plain = "fp32" if "fp32" in arguments else "bf16"
+    assert {row.precision for row in ours} == {"fp32", plain} | ({"w8a8"} & set(arguments))
+    lines = [line.split() for line in text.splitlines() if f" {OURS} " in line]
+    assert len(lines) == len(ours)
+    assert all(line[-1] == "1.00" for line in lines)
+    for row, line in zip(ours, lines, strict=True):
+        assert f"{1e6 * statistics.median(row.call_seconds):.1f}" in line
+
+
+def broken(which: str, factor: float) -> Callable[..., Any]:
+    right = getattr(ops, which)
+
+    def wrong(*arguments: Any, **options: Any) -> Any:
+        found = right(*arguments, **options)
+        if isinstance(found, tuple):
+            return (factor * found[0], *found[1:])
+        return factor * found
+
+    return wrong
+
+
+@pytest.mark.parametrize(
+    ("which", "op", "arguments"),
+    [
+        ("add_rms_norm", "add_rms_norm", []),
+        ("attention", "attention", []),
+        ("moe_gate", "moe_gate", []),
+        ("moe_experts", "moe_experts", []),
+        ("swiglu_mlp", "swiglu_mlp", []),
+        ("linear", "linear", []),
+        ("linear_w8a8", "linear_w8a8", ["--quantise", "w8a8"]),
+        ("swiglu_mlp_w8a8", "swiglu_mlp_w8a8", ["--quantise", "w8a8"]),
+        ("moe_experts_w8a8", "moe_experts_w8a8", ["--quantise", "w8a8"]),
+        ("moe_experts_w4a16", "moe_experts_w4a16", ["--quantise", "w4a16"]),
+    ],
+)
+def test_a_broken_op_is_not_timed(
+    which: str,
+    op: str,
+    arguments: list[str],
+    quick: None,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(ops, which, broken(which, 1.1))
+    out = tmp_path / "a.json"
+    code = main([*QUICK, "--rounds", "1", "--tokens", "2", "--dtype", "bf16", *arguments, "--out", str(out)])
+    assert code == 1
+    line = capsys.readouterr().err
+    assert line.startswith(f"WRONG: {op} as ")
+    assert line.endswith(": nothing is reported\n")
+    assert not out.exists()
+
+
+def test_other_experts_with_the_same_weights_are_wrong_too(quick: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    right = ops.moe_gate
+
+    def wrong(*arguments: Any) -> tuple[Tensor, Tensor]:
+        weight, expert = right(*arguments)
+        return weight, (expert + 1) % TINY.num_experts
+
+    monkeypatch.setattr(ops, "moe_gate", wrong)
+    assert main([*QUICK, "--rounds", "1", "--tokens", "2"]) == 1
+
+
+def test_what_is_wrong_is_said_and_nan_is_wrong() -> None:
+    case = next(iter(cases(TINY, place(), 1, 9, None)))
+    ours = torch.tensor([1.0, -2.0])
+    limit = TOLERANCE["bf16"]
+    assert command._difference(case, ours + 1.9 * limit, ours, "x") is None
+    said = command._difference(case, ours - torch.tensor([0.0, 4 * limit]), ours, "x")
+    assert said == f"as x differs by {2 * limit:.1e} of its largest value, limit {limit:.0e}"
+    for value in (torch.nan, torch.inf):
+        assert command._difference(case, torch.tensor([1.0, value]), ours, "x") is not None
+        assert command._difference(case, ours, torch.tensor([1.0, value]), "x") is not None
+
+
+def test_mistakes_get_one_line(tmp_path: Path) -> None:
+    least = "--context, --rounds, --threads and --walk-bytes must be at least 1, --skew at least 0"
+    for arguments, line in (
+        (["--model", "tinny"], "--model tinny: neither a directory nor one of tiny"),
+        ([*QUICK, "--rounds", "0"], least),
+        ([*QUICK, "--context", "0"], least),
+        ([*QUICK, "--skew", "-1"], least),
+        ([*QUICK, "--walk-bytes", "0"], least),
+        ([*QUICK, "--walk-bytes", "-1"], least),
+        ([*QUICK, "--tokens", "1,1"], "--tokens '1,1' is not a list of different whole numbers"),
+        ([*QUICK, "--out", str(tmp_path)], f"--out {tmp_path}: is a directory"),
+        ([*QUICK, "--token", "1"], "unknown argument '--token' (did you mean '--tokens'?); see python -m perf ops"),
+        ([*QUICK, "--quantise", "w4a8"], "argument --quantise: invalid choice: 'w4a8'"),
+        ([*QUICK, "--device", "npuu"], "unknown device 'npuu'"),
+    ):
+        assert user_error(main, arguments).startswith(line), arguments
+
+
+@pytest.mark.slow
+def test_with_the_real_rates(tmp_path: Path) -> None:
+    path = tiny.checkpoint(tmp_path / "demo", "bf16")
+    out = tmp_path / "a.json"
+    assert main(["--model", str(path), *QUICK[2:], "--rounds", "1", "--tokens", "2", "--out", str(out)]) == 0
+    made = result.read(out)
+    assert made.run.machine.device == CpuDevice().name()
+    assert made.run.model.weights not in (None, "random")
+    assert all(1e8 < row.read_rate[0] < 1e13 and 1e8 < row.matmul_rate[0] < 1e15 for row in made.rows)
