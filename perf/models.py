@@ -30,6 +30,9 @@ def open_model(text: str, layers: int | None, precision: str, scratch: Path) -> 
         config, name = demo_config(text, 0, "bf16", None, {})[0], text
     else:
         raise UserError(f"--model {text}: neither a directory nor one of {', '.join(SIZES)}{suggest(text, SIZES)}")
+    missing = next((key for key in ("num_hidden_layers", "first_k_dense_replace") if key not in config), None)
+    if missing is not None:
+        raise UserError(f"{text}: its config.json has no {missing}")
     whole = config["num_hidden_layers"]
     if layers is not None and not config["first_k_dense_replace"] < layers <= whole:
         least = config["first_k_dense_replace"] + 1

@@ -22,7 +22,11 @@ from ops.quantise import INT4_GROUP
 
 OURS = "ours"
 ROUTINGS = 32  # different choices of experts that the calls go through
-Call = Callable[[Any, int], Tensor]
+Call = Callable[[Any, int], Any]
+
+
+def _as_it_is(result: Tensor) -> Tensor:
+    return result
 
 
 @dataclass(frozen=True)
@@ -30,7 +34,8 @@ class Case:
     """One op at one size.
 
     make: a new copy of the weights (or caches) it reads. calls: by implementation, ``(copy, number of the call)`` to
-    the result. nbytes, flops: the fewest of one call, mean over the routings. copy_bytes: of one copy.
+    the result. nbytes, flops: the fewest of one call, mean over the routings. copy_bytes: of one copy. values: a result
+    as one tensor, to be compared.
     """
 
     op: str
@@ -41,6 +46,7 @@ class Case:
     nbytes: float
     flops: float
     copy_bytes: float
+    values: Callable[[Any], Tensor] = _as_it_is
 
 
 @dataclass(frozen=True)
@@ -133,16 +139,19 @@ def _gate(place: Place, shape: ModelShape, T: int) -> Case:
     bias = torch.zeros(E, device=place.device)
     settings = (shape.num_experts_per_tok, shape.n_group, shape.topk_group, True, 2.5)
     calls: dict[str, Call] = {
-        OURS: lambda weight, _: ops.moe_gate(x, weight, bias, *settings)[0],
-        "reference": lambda weight, _: reference.moe_gate(x, weight, bias, *settings)[0],
+        OURS: lambda weight, _: ops.moe_gate(x, weight, bias, *settings),
+        "reference": lambda weight, _: reference.moe_gate(x, weight, bias, *settings),
     }
+
+    def by_expert(result: tuple[Tensor, Tensor]) -> Tensor:
+        return torch.zeros(T, E, device=place.device).scatter_(1, result[1].long(), result[0])
+
     weights = 4 * E * shape.hidden_size
     nbytes = weights + T * shape.hidden_size * x.element_size()
     flops = 2 * T * E * shape.hidden_size
     sizes = {"T": T, "H": shape.hidden_size, "E": E, "K": shape.num_experts_per_tok}
-    return Case(
-        "moe_gate", "fp32", sizes, lambda: 0.02 * place.random(E, x.shape[1]).float(), calls, nbytes, flops, weights
-    )
+    make: Callable[[], Any] = lambda: 0.02 * place.random(E, x.shape[1]).float()  # noqa: E731
+    return Case("moe_gate", "fp32", sizes, make, calls, nbytes, flops, weights, by_expert)
 
 
 def _experts(place: Place, precision: str, shape: ModelShape, T: int, quantise: str | None) -> Case:

@@ -12,9 +12,9 @@ INTERVAL_SECONDS = 0.5
 
 
 class PowerMeter:
-    """Samples the sum of a device's first ``cards`` cards while its context lasts; ``watts`` is the mean, or None.
+    """Samples the sum of ``cards`` cards, the device's own the first, while its context lasts; ``watts`` is the mean.
 
-    None also where one card of them does not tell: part of a sum is no figure.
+    None where nothing tells, and also where one card of them does not tell: part of a sum is no figure.
     """
 
     def __init__(self, device: Device | None, cards: int = 1) -> None:
@@ -50,6 +50,6 @@ class PowerMeter:
     def _sum(self) -> float | None:
         if self.device is None:
             return None
-        each = [self.device.watts(card) for card in range(self.cards)]
+        each = [self.device.watts(card) for card in range(self.device.index, self.device.index + self.cards)]
         known = [watts for watts in each if watts is not None]
         return sum(known) if len(known) == self.cards else None

@@ -228,24 +228,33 @@ def write_text(file: Path, text: str) -> None:
 
 def read(file: Path) -> Result:
     """Read a result file. Raises `UserError` that names the first field that is unknown, missing or of a wrong type."""
+    return parse(load_json(file), str(file))
+
+
+def load_json(file: Path) -> Any:
+    """Read any JSON file; NaN and infinity, which JSON does not have, are refused. Raises `UserError`."""
     try:
-        loaded = json.loads(file.read_text(encoding="utf-8"))
+        return json.loads(file.read_text(encoding="utf-8"), parse_constant=_no_number)
     except OSError as error:
         raise UserError(f"{file}: cannot be read ({error.strerror})") from None
     except ValueError as error:
         raise UserError(f"{file}: not JSON ({error})") from None
-    return parse(loaded, str(file))
+
+
+def _no_number(text: str) -> None:
+    raise ValueError(f"{text} is no number")
 
 
 def parse(loaded: Any, where: str) -> Result:
     """Check a loaded document and make a `Result` of it; ``where`` names it in errors."""
-    if not isinstance(loaded, dict) or not {"schema", "kind", "run", "settings", "rows"} <= set(loaded):
-        raise UserError(f"{where}: not a result of `perf`: schema, kind, run, settings or rows is missing")
-    for key in set(loaded) - {"schema", "kind", "run", "settings", "rows"}:
-        raise UserError(f"{where}: unknown field '{key}'")
+    parts = ("schema", "kind", "run", "settings", "rows")
+    if not isinstance(loaded, dict) or not set(parts) <= set(loaded):
+        raise UserError(f"{where}: not a result of `perf`: {', '.join(parts[:-1])} or rows is missing")
+    for key in sorted(set(loaded) - set(parts)):
+        raise UserError(f"{where}: unknown field '{key}'{suggest(key, parts)}")
     if loaded["schema"] != SCHEMA:
         raise UserError(f"{where}: schema {loaded['schema']!r}, this version reads {SCHEMA}; measure again")
-    if loaded["kind"] not in KINDS:
+    if not isinstance(loaded["kind"], str) or loaded["kind"] not in KINDS:
         raise UserError(f"{where}: unknown kind {loaded['kind']!r}{suggest(str(loaded['kind']), KINDS)}")
     settings, row = KINDS[loaded["kind"]]
     if not isinstance(loaded["rows"], list) or not loaded["rows"]:
@@ -278,6 +287,8 @@ def _checked(kind: type, value: Any, where: str) -> Any:
         return TypeAdapter(kind).validate_json(json.dumps(value))  # strict: from Python it would ask for instances
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]
+        if not first["loc"]:
+            raise UserError(f"{where}: should be an object with named fields") from None
         name = ".".join(str(part) for part in first["loc"])
         if first["type"] == "unexpected_keyword_argument":
             known = {field.name for part in (kind, Machine, Model) for field in fields(part)}

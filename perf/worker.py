@@ -14,6 +14,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -47,7 +48,8 @@ class Worker:
         """
         if request:
             assert self.process.stdin is not None
-            print(json.dumps(request), file=self.process.stdin, flush=True)
+            with suppress(BrokenPipeError):  # it has ended: no line comes back
+                print(json.dumps(request), file=self.process.stdin, flush=True)
         assert self.process.stdout is not None
         line = self.process.stdout.readline()
         if line:

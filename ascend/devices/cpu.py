@@ -124,16 +124,19 @@ class CpuDevice(Device):
         return ("fp8", "w8a8", "w4a16")
 
     def watts(self, index: int | None = None) -> float | None:
-        """Return the draw of all processor packages over 50 ms, from their energy counters (RAPL), where readable."""
+        """Return the draw of all processor packages over 50 ms, from their energy counters (RAPL).
+
+        None where one cannot be read, or wrapped around just then: part of a sum is no figure.
+        """
         before = self._energy()
         start = time.perf_counter()
         time.sleep(0.05)
         after, seconds = self._energy(), time.perf_counter() - start
-        spent = [after[name] - joules for name, joules in before.items() if after.get(name, 0) > joules]
-        return sum(spent) / seconds if spent else None
+        spent = [after.get(name, 0.0) - joules for name, joules in before.items()]
+        return sum(spent) / seconds if spent and min(spent) >= 0 and sum(spent) else None
 
     def _energy(self) -> dict[str, float]:
-        """Return the joules that each package's counter stands at; it wraps around now and then."""
+        """Return the joules that each package's counter stands at."""
         packages = self.host.path("/sys/class/powercap").glob("*-rapl:[0-9]*")
         texts = {zone.name: self.host.text(f"/sys/class/powercap/{zone.name}/energy_uj") for zone in packages}
         return {name: int(text) / 1e6 for name, text in texts.items() if name.count(":") == 1 and text.strip()}

@@ -81,7 +81,8 @@ def compare(systems: Sequence[System], across: Iterable[str] = ()) -> Comparison
         raise UserError(f"two systems are both called '{twice}'; name the files with --label, once for each file")
     pairs = [_pair(systems, other, named) for other in range(1, len(systems))]
     lines = [_line(number, system, point) for number, system in enumerate(systems) for point in system.points]
-    return Comparison(systems, _with_pareto(lines), pairs, named)
+    pool = {0} | {pair.b for pair in pairs if pair.judgement.comparable}
+    return Comparison(systems, _with_pareto(lines, pool), pairs, named)
 
 
 def _pair(systems: Sequence[System], other: int, across: tuple[str, ...]) -> Pair:
@@ -141,11 +142,11 @@ def _share_of_limit(system: System, point: Point, tokens: float | None) -> float
     return tokens / decode_step(shape, precision, int(point.load), context, chip, Sharding(cards)).tokens_per_second
 
 
-def _with_pareto(lines: list[Line]) -> list[Line]:
-    """Mark the points that no other beats in both tokens per second a card and tokens per second a user."""
+def _with_pareto(lines: list[Line], pool: set[int]) -> list[Line]:
+    """Mark the points that no other of the systems in ``pool``, the comparable ones, beats in both figures."""
 
     def score(line: Line) -> tuple[float, float] | None:
-        if line.per_card is None or line.tokens_per_second_per_user is None:
+        if line.system not in pool or line.per_card is None or line.tokens_per_second_per_user is None:
             return None
         return line.per_card, line.tokens_per_second_per_user
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from ascend.errors import UserError
-from perf.result import Result, Run, parse
+from perf.result import Result, Run, load_json, parse
 
 
 @dataclass(frozen=True)
@@ -80,12 +79,7 @@ class System:
 
 def read_systems(file: Path, label: str | None = None) -> list[System]:
     """Read a result file of any tool that is known. Raises `UserError`, one line, for any other file."""
-    try:
-        loaded = json.loads(file.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"{file}: cannot be read ({error.strerror})") from None
-    except ValueError as error:
-        raise UserError(f"{file}: not JSON ({error})") from None
+    loaded = load_json(file)
     if isinstance(loaded, dict) and "schema" in loaded:
         result = parse(loaded, str(file))
         if result.kind not in _READERS:
