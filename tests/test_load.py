@@ -201,6 +201,8 @@ def test_machines_are_this_one_or_named(server: TimedServer, model: Path) -> Non
 class Cards:
     """Devices of which each tells its watts, or not."""
 
+    index = 0
+
     def __init__(self, *watts: float | None) -> None:
         self.each = watts
 
