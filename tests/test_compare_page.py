@@ -262,6 +262,7 @@ def test_plots_as_files(page: Page, tmp_path: Path) -> None:
                 assert len(image.convert("RGB").getcolors(1 << 24) or []) > 20
 
 
+@pytest.mark.slow
 def test_the_same_data_draw_the_same_picture(tmp_path: Path) -> None:
     write(tmp_path / "a.json", DECODED)
     comparison = compare(read_systems(tmp_path / "a.json"))

@@ -99,6 +99,7 @@ def paths(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {dtype: checkpoint(folder / dtype, dtype=dtype, **shape) for dtype in ("fp32", "bf16")}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_other_kernels_are_as_far_as_rounding_and_faults_are_further(
     paths: dict[str, Path], precision: str, monkeypatch: pytest.MonkeyPatch

@@ -139,6 +139,7 @@ def test_t7_prefill(chip: str) -> None:
     assert equals(prefill(FLASH, BF16, 2048, tables.CHIPS[chip]).compute_bound_chunk, chunk, 0)
 
 
+@pytest.mark.slow
 def test_t8_expert_parallel_imbalance() -> None:
     """Both sides are sampled: two digits, and 2 % where the table's own few samples scatter (3.51, exactly 3.48)."""
     for tokens, row in tables.IMBALANCE.items():
@@ -163,6 +164,7 @@ def test_t9_speculation(precision: str, chip: str, tensor: int) -> None:
             assert ours.tokens_per_second == pytest.approx(plain.tokens_per_second * ours.speedup)
 
 
+@pytest.mark.slow  # samples for some seconds
 def test_t11_skewed_routing() -> None:
     """Both sides are sampled; the table seems to have drawn few popularities, so 2 % or its rounding."""
     for tokens, (uniform, *row) in tables.SKEWED.items():
