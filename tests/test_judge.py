@@ -38,7 +38,7 @@ def judge(numbers: Comparison, limits: Limits) -> Verdict:
 def comparison(**changed: Any) -> Comparison:
     good: dict[str, Any] = {"embedding": 0.0, "layers": [LayerNumbers("layer 0"), LayerNumbers("layer 1")]}
     good |= {"drift": [], "divergences": []}
-    logits = ("head", "whole", "whole_clean", "decode", "decode_clean")
+    logits = ("head", "whole", "whole_clean", "decode", "decode_clean", "forced", "forced_decode")
     return Comparison(**good | dict.fromkeys(logits, GOOD) | changed)
 
 
@@ -75,12 +75,26 @@ def test_a_factor_below_one_counts_as_one_above() -> None:
     assert not judge(comparison(layers=[LayerNumbers("layer 0", mlp_gain=-0.01)]), LIMITS["bf16"]).passed
 
 
-@pytest.mark.parametrize("where", ["head", "whole_clean", "decode_clean"])
 @pytest.mark.parametrize("number", ["delta", "kl_max", "margin"])
-def test_logits_before_a_flip_are_judged_strictly_and_those_after_it_are_not(where: str, number: str) -> None:
-    assert not judge(comparison(**{where: LogitNumbers(8, **{number: 0.7})}), LIMITS["bf16"]).passed
-    assert judge(comparison(whole=LogitNumbers(8, **{number: 0.7})), LIMITS["bf16"]).passed
+def test_the_heads_logits_are_judged_strictly(number: str) -> None:
+    assert not judge(comparison(head=LogitNumbers(8, **{number: 0.7})), LIMITS["bf16"]).passed
+
+
+@pytest.mark.parametrize("where", ["forced", "forced_decode"])
+@pytest.mark.parametrize(("number", "far"), [("delta", 1.6), ("kl_mean", 0.021), ("delta", float("nan"))])
+def test_passes_on_the_same_experts_are_judged_strictly_and_others_are_not(where: str, number: str, far: float) -> None:
+    verdict = judge(comparison(**{where: LogitNumbers(8, **{number: far})}), LIMITS["bf16"])
+    assert len(verdict.reasons) == 1
+    assert "on a's experts" in verdict.reasons[0]
+    assert judge(comparison(whole=LogitNumbers(8, delta=9.0, kl_mean=1.9)), LIMITS["bf16"]).passed
     assert not judge(comparison(whole=LogitNumbers(8, kl_mean=3.0)), LIMITS["bf16"]).passed
+
+
+def test_deeper_models_round_more() -> None:
+    deep = [DriftNumbers(f"layer {index}", 0.0, 0.0, 0.0) for index in range(32)]
+    numbers = LogitNumbers(8, delta=2.9, kl_mean=0.079)  # 1.5 times the root of four, 0.02 times four
+    assert judge(comparison(forced=numbers, drift=deep), LIMITS["bf16"]).passed
+    assert not judge(comparison(forced=numbers, drift=deep[:28]), LIMITS["bf16"]).passed
 
 
 def test_the_first_reason_in_the_order_of_computation_names_the_cause() -> None:

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import ascend
+from ascend.generation import Decoder
 from ascend.model import BailingMoeV2ForCausalLM
 from ops import cpu, reference
 from perf.parity.judge import Verdict, all_checks, judge
@@ -343,3 +344,44 @@ def test_the_tokens_of_a_file_make_the_same_batches(batches: list[Batch]) -> Non
         assert torch.equal(one.ids_BT, other.ids_BT)
         assert torch.equal(one.start_B, other.start_B)
     assert "damaged" in user_error(restored_batches, tokens, [[2, 48, 0]])
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_fault_of_decode_alone_is_found_though_a_flip_came_before_in_every_row(
+    paths: dict[str, Path],
+    trusted: dict[str, dict[str, Tensor]],
+    batches: list[Batch],
+    precision: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    forward = Decoder._forward
+
+    def without_the_prompt(self: Decoder, token_BT: Tensor, length: int | None) -> Tensor:
+        for values in self.cache.values if token_BT.shape[1] == 1 else ():
+            values.zero_()
+        return forward(self, token_BT, length)
+
+    a, limits, model = trusted[precision], LIMITS[precision], ascend.load_model(paths[precision])
+    monkeypatch.setattr(Decoder, "_forward", without_the_prompt)
+    b = trace(model, batches, 2, a)
+    b["prefill.experts"] = b["prefill.experts"].roll(1, dims=0)  # as if every row had flipped
+    numbers = compare(a, b, limits, model.config.n_group, model.config.topk_group)
+    assert numbers.decode_clean.positions == 0
+    verdict = judge(all_checks(numbers, limits))
+    assert verdict.reasons[0].startswith("decode on a's experts")
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_another_sides_experts_are_taken_in_every_pass(
+    paths: dict[str, Path], trusted: dict[str, dict[str, Tensor]], batches: list[Batch], precision: str
+) -> None:
+    """A side whose own router is wrong computes what side a does once it is made to take a's experts."""
+    a, model = trusted[precision], ascend.load_model(paths[precision])
+    for layer in model.model.layers[1 : model.config.num_hidden_layers]:
+        layer.mlp.gate.expert_bias.copy_(layer.mlp.gate.expert_bias.flip(0) + torch.arange(8) % 3)
+    b = trace(model, batches, 2, a)
+    numbers = compare(a, b, LIMITS[precision], model.config.n_group, model.config.topk_group)
+    assert numbers.whole.kl_mean > 100 * numbers.forced.kl_mean
+    assert numbers.decode.kl_mean > 100 * numbers.forced_decode.kl_mean
+    assert numbers.forced.delta <= LIMITS[precision].logits
+    assert (numbers.forced.positions, numbers.forced_decode.positions) == (128, 9)

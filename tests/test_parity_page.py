@@ -57,7 +57,7 @@ def compared(layers: int = 33, **last: float) -> Report:
     own.append(LayerNumbers(f"layer {layers - 1}", **last))  # type: ignore[arg-type]
     drift = [DriftNumbers(f"layer {n}", 1e-3 * (n + 1) ** 0.5, 2e-2, 0.1, 0.99 if n else None) for n in range(layers)]
     found = [Divergence("decode", 0, 3, lead=9.0, moved=9.5, after_flip=False)]
-    numbers = Comparison(0.0, own, drift, found, *[LogitNumbers(8, delta=0.01)] * 5)
+    numbers = Comparison(0.0, own, drift, found, *[LogitNumbers(8, delta=0.01)] * 7)
     checks = all_checks(numbers, LIMITS["bf16"])
     return Report("perf parity 'x<y'", A, B, numbers, LIMITS["bf16"], checks, judge(checks))
 

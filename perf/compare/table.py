@@ -74,6 +74,10 @@ def side(key: str, found: Ratio) -> str:
     return "better" if (found.value > 1) == METRICS[key].more_is_better else "worse"
 
 
+def _open(found: Ratio) -> str:
+    return "" if found.low is None else "not settled"
+
+
 def _or_dash(value: float | None, width: int, decimals: int) -> str:
     return f"{'-':>{width}}" if value is None else f"{value:>{width}.{decimals}f}"
 
@@ -94,7 +98,9 @@ def _pair(comparison: Comparison, pair: Pair) -> None:
         print(f"   note: {remark}")
     for (axis, value), ratios in pair.ratios.items():
         for key, found in ratios.items():
-            print(f"   {load(axis, value):<18}{METRICS[key].label:<35}{found!s:<26}{side(key, found)}".rstrip())
+            print(
+                f"   {load(axis, value):<18}{METRICS[key].label:<35}{found!s:<26}{side(key, found) or _open(found)}".rstrip()
+            )
     if pair.judgement.comparable and not pair.ratios:
         print("   no load that both were measured under")
 

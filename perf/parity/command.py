@@ -167,6 +167,8 @@ def _check_config(model: str, info: SideInfo, file: Path | None) -> None:
 
 
 def _check_alike(a: SideInfo, b: SideInfo, file_b: Path) -> None:
+    if a == b:
+        raise UserError(f"{file_b}: is side a itself; record the other side with --like and the file of side a")
     for key in ("config_sha256", "tokens_sha256", "dtype", "quantise", "decode"):
         if getattr(a, key) != getattr(b, key):
             what = key.replace("_sha256", "")

@@ -1,7 +1,8 @@
 """The verdict of `perf parity`: numbers in, PASS or FAIL out, with the reason and the likely cause. No tensors here.
 
 Each layer is judged alone, on the same input on both sides, so that nothing accumulates. A choice of experts may differ
-where the router's scores all but tie; what comes after such a flip is judged loosely, everything else strictly.
+where the router's scores all but tie; what comes after such a flip is judged loosely. Whole pass and decode are
+therefore run a second time on side a's experts, and judged strictly at every position.
 """
 
 from __future__ import annotations
@@ -77,14 +78,15 @@ class Divergence:
     """A position whose best token is another one on side b; in standard deviations of a's logits.
 
     lead: a's, of its best token over b's. moved: by how much these two logits differ between the sides, added up: the
-    lead is never more. after_flip: whether a token of the row took other experts by then.
+    lead is never more; None where a server does not name both. after_flip: whether a token of the row took other
+    experts by then.
     """
 
     where: str
     row: int
     position: int
     lead: float
-    moved: float
+    moved: float | None
     after_flip: bool
 
     def explained(self, limits: Limits) -> bool:
@@ -94,7 +96,10 @@ class Divergence:
 
 @dataclass(frozen=True)
 class Comparison:
-    """All numbers of two sides. ``clean`` are the positions of ``whole`` or ``decode`` before any flip of their row."""
+    """All numbers of two sides. ``clean`` are the positions of ``whole`` or ``decode`` before any flip of their row.
+
+    forced, forced_decode: the same passes, all positions, with side b made to take side a's experts.
+    """
 
     embedding: float
     layers: list[LayerNumbers]
@@ -105,6 +110,8 @@ class Comparison:
     whole_clean: LogitNumbers
     decode: LogitNumbers
     decode_clean: LogitNumbers
+    forced: LogitNumbers
+    forced_decode: LogitNumbers
 
 
 @dataclass(frozen=True)
@@ -156,12 +163,16 @@ def all_checks(numbers: Comparison, limits: Limits) -> list[Check]:
         cause = f"what only the whole pass does up to {drifted.name}: mask, or how layers are chained"
         place = f"whole pass after {drifted.name}"
         found.append(Check(place, "drift of the stream", drifted.clean, limits.drift * math.sqrt(number), cause))
-    for place, clean, everything in (
-        ("whole pass", numbers.whole_clean, numbers.whole),
-        ("decode", numbers.decode_clean, numbers.decode),
+    depth = max(1.0, len(numbers.drift) / 8)  # rounding adds up like a random walk
+    for place, forced, everything in (
+        ("whole pass", numbers.forced, numbers.whole),
+        ("decode", numbers.forced_decode, numbers.decode),
     ):
         cause = f"what only the {place} does: cache, mask, or how layers are chained"
-        found += _logit_checks(place, clean, limits, cause)
+        strict = f"{place} on a's experts"
+        delta = limits.forced_logits * math.sqrt(depth)
+        found.append(Check(strict, "logits' largest difference", forced.delta, delta, cause))
+        found.append(Check(strict, "mean KL", forced.kl_mean, limits.forced_kl * depth, cause))
         found.append(Check(place, "mean KL", everything.kl_mean, limits.loose_kl, cause))
     return found
 

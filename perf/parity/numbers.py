@@ -48,6 +48,10 @@ def compare(a: Tensors, b: Tensors, limits: Limits, n_group: int, topk_group: in
         whole_clean=_logits(a["logits"][clean_N], b["logits"][clean_N]),
         decode=_logits(a["decode.logits"].flatten(0, 1), b["decode.logits"].flatten(0, 1)),
         decode_clean=_logits(a["decode.logits"][clean_RD], b["decode.logits"][clean_RD]),
+        forced=_logits(a["logits"], b.get("forced.logits", b["logits"])),
+        forced_decode=_logits(
+            a["decode.logits"].flatten(0, 1), b.get("forced.decode.logits", b["decode.logits"]).flatten(0, 1)
+        ),
     )
 
 

@@ -94,8 +94,10 @@ class _Positions:
         top = int(log_a.argmax())
         lead = float(log_a[top] - log_a[best[0]]) / deviation
         if lead > 0:
-            gone = sum(abs(float(log_a[token]) - named.get(token, float("nan"))) for token in (top, best[0]))
-            self.diverged.append(Divergence(where, row, position, lead, gone / deviation, after))
+            moved = None
+            if top in named:
+                moved = sum(abs(float(log_a[token]) - named[token]) for token in (top, best[0])) / deviation
+            self.diverged.append(Divergence(where, row, position, lead, moved, after))
         if where == "decode":
             self.decode.append(far)
             return

@@ -61,8 +61,10 @@ def _compared(numbers: Comparison, limits: Limits, all_layers: bool) -> None:
     _logits("final norm and head", numbers.head)
     _logits("whole pass", numbers.whole)
     _logits("  before any flip", numbers.whole_clean)
+    _logits("  on a's experts", numbers.forced)
     _logits("decode", numbers.decode)
     _logits("  before any flip", numbers.decode_clean)
+    _logits("  on a's experts", numbers.forced_decode)
 
 
 def _layers(name: str, layers: list[LayerNumbers], remark: str = "") -> None:
@@ -114,7 +116,8 @@ def _diverged(found: Sequence[Divergence], limits: Limits) -> None:
     worst_first = sorted(found, key=lambda one: (one.explained(limits), one.after_flip, -one.lead))
     for one in worst_first[:SHOWN]:
         where = f"{one.where} {one.row}:{one.position}"
-        first.append(f"{where:<22}{one.lead:>11.2g}{one.moved:>11.2g}   {explanation(one, limits)}")
+        moved = "not named" if one.moved is None else f"{one.moved:.2g}"
+        first.append(f"{where:<22}{one.lead:>11.2g}{moved:>11}   {explanation(one, limits)}")
     more = f"\n… and {len(found) - SHOWN} more" if len(found) > SHOWN else ""
     print("\n" + "\n".join(first) + more)
 

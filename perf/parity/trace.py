@@ -13,6 +13,7 @@ K experts per token, L decoder layers with a router, V vocabulary, R rows of all
   after the decoder layers, with the draft as ``.stream``; ``head`` ``[N, V]`` are norm and head alone;
 - ``logits`` ``[N, V]`` and ``experts`` ``[N, L, K]`` of the whole pass; on side a also ``twins`` fp64 ``[N, twins]``,
   how far noise of the size of rounding moves them (see `perf.parity.twin`);
+- ``forced.logits`` and ``forced.decode.logits``: the same with the other side's experts, where there is one;
 - ``prefill.experts`` as ``experts``, ``decode.tokens`` ``[R, D]``, ``decode.logits`` ``[R, D + 1, V]`` and
   ``decode.experts`` ``[R, D, L, K]`` of the lean engine.
 """
@@ -20,7 +21,7 @@ K experts per token, L decoder layers with a router, V vocabulary, R rows of all
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -35,6 +36,7 @@ from ascend.generation import Decoder
 from ascend.model import BailingMoeV2ForCausalLM, Gate, MTPLayer, Step
 from perf.parity.prompts import Batch
 from perf.parity.twin import TWINS, best_distance, noisy
+from perf.parity.whole import differ
 
 Tensors = Mapping[str, Tensor]
 
@@ -60,8 +62,12 @@ def trace(
         else:
             mine = slice(tokens, tokens + len(made["row"]))
             given = {name: tensor[mine] for name, tensor in like.items() if not name.startswith("decode.")}
+            made["forced.logits"] = _forced_pass(model, batch, given["experts"])
         made |= _each_layer(model, batch, given)
         made |= _decode(model, batch, decode, None if like is None else like["decode.tokens"][rows : rows + len(real)])
+        if like is not None:
+            steps = {name: like[f"decode.{name}"][rows : rows + len(real)] for name in ("tokens", "experts")}
+            made["forced.decode.logits"] = _forced_decode(model, batch, given["prefill.experts"], **steps)
         for name, tensor in made.items():
             parts[name].append(tensor)
         rows, tokens = rows + len(real), tokens + len(made["row"])
@@ -139,6 +145,64 @@ def _decode(model: BailingMoeV2ForCausalLM, batch: Batch, steps: int, given_BD: 
         "decode.logits": torch.stack(logits, 1),
         "decode.experts": torch.stack(experts, 1) if steps else prefill.new_zeros((B, 0, *prefill.shape[1:])),
     }
+
+
+def _forced_pass(model: BailingMoeV2ForCausalLM, batch: Batch, expert_NLK: Tensor) -> Tensor:
+    """Logits ``[N, V]`` of the whole pass with these experts, so that no near-tie hides what else differs."""
+    with _forced(model) as force:
+        force(expert_NLK, batch.real)
+        embedding_BTH = model.model.word_embeddings(batch.ids_BT.to(model.device))
+        return _host(model.logits(model.model(embedding_BTH, _step(model, batch))))[batch.real]
+
+
+def _forced_decode(
+    model: BailingMoeV2ForCausalLM, batch: Batch, prefill_NLK: Tensor, tokens: Tensor, experts: Tensor
+) -> Tensor:
+    """Logits ``[R, D + 1, V]`` of prefill and decode with these experts, ``[N, L, K]`` and ``[R, D, L, K]``."""
+    mask = batch.real.to(model.device) if bool(batch.start_B.any()) else None
+    decoder = Decoder(model, batch.ids_BT.to(model.device), mask, tokens.shape[1])
+    with _forced(model) as force:
+        force(prefill_NLK, batch.real)
+        logits = [_host(decoder.prefill())]
+        for step in range(tokens.shape[1]):
+            force(experts[:, step], torch.ones(len(tokens), 1, dtype=torch.bool))
+            logits.append(_host(decoder.step(tokens[:, step].to(model.device))))
+    return torch.stack(logits, 1)
+
+
+@contextmanager
+def _forced(model: BailingMoeV2ForCausalLM) -> Iterator[Callable[[Tensor, Tensor], None]]:
+    """Yield a function that sets the experts of the next pass, ``[tokens, L, K]``, where ``real`` ``[B, T]``.
+
+    A token that chooses them by itself keeps the weights that its router gave; the others' are computed here.
+    """
+    now: dict[str, Tensor] = {}
+
+    def force(expert_NLK: Tensor, real_BT: Tensor) -> None:
+        full = torch.zeros((real_BT.numel(), *expert_NLK.shape[1:]), dtype=torch.int64)
+        full[real_BT.flatten()] = expert_NLK
+        now["experts"], now["real"] = full.to(model.device), real_BT.flatten().to(model.device)
+
+    def hook_of(index: int) -> Any:
+        def hook(gate: Gate, inputs: tuple[Tensor, ...], output: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+            (weight_TK, own_TK), given_TK = output, now["experts"][:, index]
+            keep_T1 = (~now["real"] | ~differ(given_TK, own_TK.to(torch.int64)))[:, None]
+            score_TE = torch.sigmoid(F.linear(inputs[0].float(), gate.weight.float()))
+            given_weight_TK = score_TE.gather(-1, given_TK)
+            if gate.normalise and gate.top_k > 1:
+                given_weight_TK = given_weight_TK / (given_weight_TK.sum(-1, keepdim=True) + 1e-20)
+            weight = torch.where(keep_T1, weight_TK, (given_weight_TK * gate.scaling).to(weight_TK.dtype))
+            return weight, torch.where(keep_T1, own_TK, given_TK.to(own_TK.dtype))
+
+        return hook
+
+    gates = [one for layer in _decoder_layers(model) for one in layer.modules() if isinstance(one, Gate)]
+    handles = [gate.register_forward_hook(hook_of(index)) for index, gate in enumerate(gates)]
+    try:
+        yield force
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def _decoder_layers(model: BailingMoeV2ForCausalLM) -> Iterable[nn.Module]:

@@ -57,7 +57,7 @@ def _print_model(document: Mapping[str, Any]) -> None:
 
 
 def _print_reads(rows: Iterable[Mapping[str, Any]]) -> None:
-    print("\nOne decode step reads and computes, at least (all cards together)")
+    print("\nOne decode step reads and computes, at least (one copy of the model, however many cards hold parts twice)")
     print(f"{_HEAD}{'experts hit':>12}{'GB/step':>9}{'GB/token':>9}{'KV of it':>9}{'experts':>9}{'GFLOP/token':>12}")
     for row in rows:
         nbytes, flops = sum(row["bytes"].values()), sum(row["flops"].values())
