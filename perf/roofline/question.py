@@ -148,7 +148,7 @@ def _peaks(text: str | None) -> dict[str, float]:
         dtype, _, value = part.rpartition("=")
         if dtype and dtype not in PEAKS:
             raise UserError(f"--peak: unknown dtype '{dtype}'; there is {', '.join(PEAKS)}")
-        found[dtype] = _positive("--peak", value)
+        found[dtype] = _rate("--peak", value, "FLOP/s")
     return found
 
 
@@ -168,6 +168,14 @@ def _routing(args: argparse.Namespace, model: ModelShape) -> Routing:
     except ValueError as error:
         raise UserError(f"--loads: {error}") from None
     return replace(MeasuredRouting.of(loads, model.num_experts_per_tok), seed=args.seed)
+
+
+def _rate(flag: str, text: str, unit: str) -> float:
+    """Read a rate of a card. Raises `UserError` for one that was meant in another unit."""
+    value = _positive(flag, text)
+    if value < 1e9:
+        raise UserError(f"{flag} {text} is in {unit}: write 4e12 for four tera{unit}")
+    return value
 
 
 def _positive(flag: str, text: str) -> float:
@@ -210,7 +218,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     args = parser.read(argv)
     args.precision = names("--precision", args.precision, PRECISIONS)
     args.batch, args.context = numbers("--batch", args.batch), numbers("--context", args.context)
-    args.bandwidth = _positive("--bandwidth", args.bandwidth) if args.bandwidth else None
+    args.bandwidth = _rate("--bandwidth", args.bandwidth, "B/s") if args.bandwidth else None
     args.measured = [_positive("--measured", part) for part in args.measured.split(",")] if args.measured else []
     if len(args.measured) not in (0, 1, len(args.batch)):
         raise UserError(f"--measured has {len(args.measured)} numbers for {len(args.batch)} batches: one, or one each")
