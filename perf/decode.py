@@ -1,10 +1,13 @@
 """`python -m perf decode`: decode tokens per second, this engine and its peers on one machine in one run.
 
-Per round and batch size every engine generates twice from the same prompts, a few tokens and many; the difference is
-decode alone, without prefill and start-up. The engines take turns within a round, so that what else happens on the
-machine meets all of them, and the ratios are made per round before their median is taken. The share of the memory
+Per round and batch size every engine is made ready by two untimed tokens and then generates twice from the same
+prompts, a few tokens and many; the difference is decode alone, without prefill and start-up. The engines take turns
+within a round, so that what else happens on the machine meets all of them, and the ratios are made per round before
+their median is taken; a round in which noise was more than that difference is left out for all. The share of the memory
 bandwidth is the fewest bytes a step must read (`ascend.cost`, with the experts that this engine's routing hit) over its
-time, against the read rate measured in the same round on the same device (`perf.rates`).
+time, against the read rate of the same round on the same device (`perf.rates`; mean of before and after the turns). No
+round is left out for that rate: where it moved between rounds by more than 15 % the table says so, and the shares then
+say less than the ratios.
 """
 
 from __future__ import annotations
@@ -13,6 +16,7 @@ import argparse
 import json
 import os
 import statistics
+import sys
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -35,23 +39,33 @@ from perf.power import PowerMeter
 from perf.result import DecodeRow, DecodeSettings, Machine, Result, document, write
 from perf.worker import RATES, Worker
 
-FEW = 8
+READY, FEW = 2, 8  # tokens: a prefill and one step
+STEADY = 1.15  # largest over smallest read rate, up to which no more is said
+EXIT_INTERRUPTED = 130
 FORMATS = ("w8a8", "w4a16")  # `ascend.quantisation` knows them, and takes torch to import
 SHORT = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
 EMULATED = "npu-emulated"
 
 
-@dataclass
-class Seen:
-    """What one engine did at one batch size, round by round."""
+@dataclass(frozen=True)
+class Turns:
+    """One round at one batch size: by engine what it did, and the rate at which the device read memory around it."""
 
-    step_seconds: list[float]
-    memory_bytes: list[int]
-    watts: list[float]
+    read_rate: float
+    step_seconds: dict[str, float]
+    memory_bytes: dict[str, int]
+    watts: dict[str, float | None]
+
+
+Round = dict[int, Turns]  # by batch size
+Distinct = dict[int, float | None]  # experts of a layer that a step hit, by batch size
 
 
 def main(argv: Sequence[str]) -> int:
-    """Run the comparison and print a table; with ``--json`` the last line is one JSON document."""
+    """Run the comparison and print a table; with ``--json`` the last line is one JSON document.
+
+    Returns 130 if it was interrupted after at least one whole round; such rounds are reported.
+    """
     args = _parse(argv)
     device, name, environ = _device(args.device)
     stored = args.quantise or SHORT[args.dtype]
@@ -71,26 +85,29 @@ def main(argv: Sequence[str]) -> int:
         workers = {one: Worker(one, setting, environ, args.verbose) for one in (RATES, *args.engines)}
         try:
             ready = {one: worker.answer() for one, worker in workers.items()}
-            rounds = _rounds(args, workers, device)
+            rounds, distinct = _rounds(args, workers, device)
         finally:
             for worker in workers.values():
                 worker.stop()
     machine = Machine(**ready[RATES]["machine"])
     versions = {one: ready[one]["version"] for one in args.engines}
-    captured = any(ready[one]["captured"] for one in args.engines)
+    kept = {batch: _kept(args, rounds, batch) for batch in args.batch}
     rows = [
-        _row(args, config, one, versions[one], batch, rounds, ready[RATES]["sheet_rate"])
+        _row(args, config, one, batch, kept[batch], distinct[batch], ready)
         for batch in args.batch
         for one in args.engines
     ]
     threads = args.threads if isinstance(device, CpuDevice) else None
-    settings = DecodeSettings(args.prompt_length, args.new_tokens, args.rounds, threads, captured)
+    settings = DecodeSettings(args.prompt_length, args.new_tokens, args.rounds, threads)
     result = Result("decode", this_run(["decode", *argv], args.seed, machine, model, **versions), settings, rows)
     if args.out is not None:
         write(args.out, result)
     _print(result)
     if args.json:
         print(json.dumps(document(result), allow_nan=False))
+    if len(rounds) < args.rounds:
+        print(f"interrupted: {len(rounds)} of {args.rounds} rounds are whole and reported", file=sys.stderr)
+        return EXIT_INTERRUPTED
     return 0
 
 
@@ -105,72 +122,101 @@ def _device(text: str) -> tuple[Device, str, dict[str, str]]:
     return device, str(device), environ
 
 
-@dataclass(frozen=True)
-class Rounds:
-    """All that was measured: by (engine, batch), the read rates by batch, the experts that a step hit by batch."""
-
-    seen: dict[tuple[str, int], Seen]
-    read_rate: dict[int, list[float]]
-    distinct_experts: dict[int, float | None]
-
-
-def _rounds(args: argparse.Namespace, workers: dict[str, Worker], device: Device) -> Rounds:
-    """Let every engine take its turns; the first round warms up and is not kept."""
-    seen = {(name, batch): Seen([], [], []) for name in args.engines for batch in args.batch}
-    read_rate: dict[int, list[float]] = {batch: [] for batch in args.batch}
-    distinct: dict[int, float | None] = dict.fromkeys(args.batch)
-    with Progress("measuring", (args.rounds + 1) * len(args.batch) * len(args.engines), "turns") as progress:
-        for number in range(args.rounds + 1):
-            for batch in args.batch:
-                rate = workers[RATES].answer(read=True)["read_rate"]
-                turn = number % len(args.engines)
-                for name in args.engines[turn:] + args.engines[:turn]:
-                    request = {"batch": batch, "prompt_length": args.prompt_length, "seed": args.seed + number}
-                    few = workers[name].answer(**request, new_tokens=FEW)["seconds"]
-                    with PowerMeter(device) as power:
-                        many = workers[name].answer(**request, new_tokens=FEW + args.new_tokens)
-                    if number:
-                        one = seen[name, batch]
-                        one.step_seconds.append((many["seconds"] - few) / args.new_tokens)
-                        one.memory_bytes.append(many["memory_bytes"])
-                        one.watts += [] if power.watts is None else [power.watts]
-                    elif name == "lean":
-                        answer = workers[name].answer(**request, distinct_experts=True)
-                        distinct[batch] = answer["distinct_experts"]
-                    progress.advance(1)
+def _rounds(args: argparse.Namespace, workers: dict[str, Worker], device: Device) -> tuple[list[Round], Distinct]:
+    """Let every engine take its turns; the first round warms up and is not kept. Ctrl-C keeps the whole rounds."""
+    rounds: list[Round] = []
+    distinct: Distinct = dict.fromkeys(args.batch)
+    try:
+        with Progress("measuring", (args.rounds + 1) * len(args.batch) * len(args.engines), "turns") as progress:
+            for number in range(args.rounds + 1):
+                turns = {batch: _turns(args, workers, device, number, batch, progress) for batch in args.batch}
                 if number:
-                    read_rate[batch].append(rate)
-    return Rounds(seen, read_rate, distinct)
+                    rounds.append(turns)
+                elif "lean" in args.engines:
+                    for batch in args.batch:
+                        request = _request(args, number, batch) | {"distinct_experts": True}
+                        distinct[batch] = workers["lean"].answer(**request)["distinct_experts"]
+    except KeyboardInterrupt:
+        if not rounds:
+            raise
+    return rounds, distinct
+
+
+def _turns(
+    args: argparse.Namespace,
+    workers: dict[str, Worker],
+    device: Device,
+    number: int,
+    batch: int,
+    progress: Progress,
+) -> Turns:
+    request, turn = _request(args, number, batch), number % len(args.engines)
+    step_seconds, memory_bytes, watts = {}, {}, {}
+    before = workers[RATES].answer(read=True)["read_rate"]
+    for name in args.engines[turn:] + args.engines[:turn]:
+        # What an engine sets up for another batch size (cache, graph) must not be in one of the two times alone.
+        workers[name].answer(**request, new_tokens=READY)
+        few = workers[name].answer(**request, new_tokens=FEW)["seconds"]
+        with PowerMeter(device) as power:
+            many = workers[name].answer(**request, new_tokens=FEW + args.new_tokens)
+        step_seconds[name] = (many["seconds"] - few) / args.new_tokens
+        memory_bytes[name], watts[name] = many["memory_bytes"], power.watts
+        progress.advance(1)
+    after = workers[RATES].answer(read=True)["read_rate"]
+    return Turns((before + after) / 2, step_seconds, memory_bytes, watts)
+
+
+def _request(args: argparse.Namespace, number: int, batch: int) -> dict[str, Any]:
+    return {"batch": batch, "prompt_length": args.prompt_length, "seed": args.seed + number}
+
+
+def _kept(args: argparse.Namespace, rounds: list[Round], batch: int) -> list[Turns]:
+    """Return the rounds of a batch size in which more tokens took every engine more time; the others say nothing."""
+    kept = [one[batch] for one in rounds if min(one[batch].step_seconds.values()) > 0]
+    if len(kept) < min(2, len(rounds)):
+        raise UserError(
+            f"batch {batch}: {args.new_tokens} more tokens took no more time in {len(rounds) - len(kept)} of "
+            f"{len(rounds)} rounds; give --new-tokens more"
+        )
+    if len(kept) < len(rounds):
+        left = f"{len(rounds) - len(kept)} of {len(rounds)} rounds left out"
+        print(f"batch {batch}: {left}: more tokens took an engine no more time", file=sys.stderr)
+    return kept
 
 
 def _row(
-    args: argparse.Namespace, config: dict[str, Any], name: str, version: str, batch: int, rounds: Rounds, sheet: Any
+    args: argparse.Namespace,
+    config: dict[str, Any],
+    name: str,
+    batch: int,
+    rounds: list[Turns],
+    distinct: float | None,
+    ready: dict[str, dict[str, Any]],
 ) -> DecodeRow:
-    seen, rates = rounds.seen[name, batch], rounds.read_rate[batch]
-    if min(seen.step_seconds) <= 0:
-        raise UserError(
-            f"{name}, batch {batch}: {args.new_tokens} more tokens took no more time; give --new-tokens more"
-        )
+    seconds, rates = [one.step_seconds[name] for one in rounds], [one.read_rate for one in rounds]
+    watts = [one.watts[name] for one in rounds]
+    known = [one for one in watts if one is not None]
     context = args.prompt_length + FEW + args.new_tokens // 2
-    nbytes, flops = _cost(args, config, batch, context, rounds.distinct_experts[batch])
-    shares = [nbytes / seconds / rate for seconds, rate in zip(seen.step_seconds, rates, strict=True)]
-    median = statistics.median(seen.step_seconds)
+    nbytes, flops = _cost(args, config, batch, context, distinct)
+    median, sheet = statistics.median(seconds), ready[RATES]["sheet_rate"]
     return DecodeRow(
         engine=name,
-        version=version,
+        version=ready[name]["version"],
+        captured=ready[name]["captured"],
+        random_weights=ready[name]["random_weights"],
         batch=batch,
         context=context,
-        step_seconds=seen.step_seconds,
+        step_seconds=seconds,
         tokens_per_second=batch / median,
-        distinct_experts=rounds.distinct_experts[batch],
+        distinct_experts=distinct,
         bytes_per_step=nbytes,
         flops_per_step=flops,
         read_rate=rates,
-        share_of_read_rate=statistics.median(shares),
+        share_of_read_rate=statistics.median(nbytes / s / rate for s, rate in zip(seconds, rates, strict=True)),
         sheet_rate=sheet,
         share_of_sheet=nbytes / median / sheet if sheet else None,
-        memory_bytes=max(seen.memory_bytes),
-        watts=statistics.mean(seen.watts) if seen.watts else None,
+        memory_bytes=max(one.memory_bytes[name] for one in rounds),
+        watts=statistics.mean(known) if known else None,
     )
 
 
@@ -198,6 +244,10 @@ def _print(result: Result) -> None:
     print(f"{machine.device}{threads}; {model.name}{depth}, {weights}, {model.precision}; {run.date}")
     middle = statistics.median(rates)
     print(f"read rate in the same run: {rates[0]:.1f} to {rates[-1]:.1f} GB/s, median {middle:.1f}{sheet}")
+    if rates[-1] > STEADY * rates[0]:
+        print(
+            f"NOT STEADY: the read rate moved by {rates[-1] / rates[0] - 1:.0%} between rounds, and the shares with it"
+        )
     head = f"{'engine':<14}{'batch':>6}{'tok/s':>10}{'ms/step':>10}{'min':>8}{'max':>8}{'of read':>9}{'of sheet':>9}"
     print(f"{head}{'memory GB':>11}{'W':>7}{'ratio':>7}")
     for row in rows:
@@ -210,7 +260,8 @@ def _print(result: Result) -> None:
         watts = f"{row.watts:>7.0f}" if row.watts else f"{'-':>7}"
         low, median, high = (1e3 * f(row.step_seconds) for f in (min, statistics.median, max))
         times = f"{row.tokens_per_second:>10.1f}{median:>10.2f}{low:>8.2f}{high:>8.2f}"
-        print(f"{row.engine:<14}{row.batch:>6}{times}{shares}{memory}{watts}{ratio:>7.2f}")
+        mark = "  random weights" if row.random_weights else ""
+        print(f"{row.engine:<14}{row.batch:>6}{times}{shares}{memory}{watts}{ratio:>7.2f}{mark}")
     print(f"ratio: how many times as fast {rows[0].engine} is, median of the rounds' ratios")
     print("of read: the fewest bytes of a step over its time, as a share of the read rate of the same round")
 

@@ -47,7 +47,8 @@ class Engine(ABC):
     """One engine with one model, and how it generates."""
 
     version: str
-    captured = False  # whether its decode step is a replayed graph, as far as is known
+    captured: bool | None = None  # whether its decode step is a replayed graph; None: it does not tell
+    random_weights = False
 
     @abstractmethod
     def generate(self, prompts: list[list[int]], new_tokens: int) -> int:
@@ -72,6 +73,7 @@ class Lean(Engine):
         self.device = get_device(setting.device)
         self.device.activate()
         self.captured = setting.capture and self.device.captures_graphs
+        self.random_weights = setting.random
         if setting.random:
             from ascend.random_weights import random_model
 
@@ -114,19 +116,30 @@ class Lean(Engine):
     def _prefilled(self, prompts: list[list[int]]) -> Decoder:
         import torch
 
-        from ascend.generation import Decoder
-
         ids = torch.tensor(prompts, device=self.model.device)
         shape = (len(prompts), len(prompts[0]))
         decoder = self.decoders.get(shape)
         if decoder is None:
             self.decoders.clear()  # one batch in memory at a time
             longest = self.setting.max_length - shape[1]
-            decoder = self.decoders[shape] = Decoder(self.model, ids, None, longest, self.captured)
+            decoder = self.decoders[shape] = self._decoder(ids, longest)
         else:
             decoder.restart(ids)
         self._logits: Tensor = decoder.prefill()
         return decoder
+
+    def _decoder(self, ids: Tensor, longest: int) -> Decoder:
+        import torch
+
+        from ascend.generation import Decoder
+
+        try:
+            return Decoder(self.model, ids, None, longest, bool(self.captured))
+        except RuntimeError as error:
+            if not self.captured or isinstance(error, torch.OutOfMemoryError):
+                raise
+            said = str(error).splitlines()[0][:80]
+            raise UserError(f"the decode step cannot be captured on this device ({said}): give --eager") from error
 
 
 class Vllm(Engine):
@@ -142,12 +155,13 @@ class Vllm(Engine):
         }
         if setting.device == "cpu":
             # Without the second it leaves a core idle on small machines.
-            bound = f"0-{setting.threads - 1}"
+            bound = ",".join(map(str, sorted(os.sched_getaffinity(0))[: setting.threads]))
             os.environ |= {"VLLM_CPU_KVCACHE_SPACE": "2", "VLLM_CPU_OMP_THREADS_BIND": bound}
         if setting.quantise is not None:
             raise UserError("engine vllm: it quantises no model in memory; give it a converted checkpoint")
         import vllm
 
+        self.random_weights = setting.random
         self.version = f"vllm {vllm.__version__}"
         self.llm = vllm.LLM(
             str(setting.model),
@@ -178,7 +192,7 @@ class Transformers(Engine):
 
         if setting.quantise is not None:
             raise UserError("engine transformers: it runs unquantised only")
-        self.version = f"transformers {transformers.__version__}"
+        self.version, self.random_weights = f"transformers {transformers.__version__}", True
         torch.manual_seed(setting.seed)
         torch.set_default_dtype(getattr(torch, setting.dtype))  # never twice the memory
         with torch.device(setting.device):

@@ -33,9 +33,9 @@ def _as_it_is(result: Tensor) -> Tensor:
 class Case:
     """One op at one size.
 
-    make: a new copy of the weights (or caches) it reads. calls: by implementation, ``(copy, number of the call)`` to
-    the result. nbytes, flops: the fewest of one call, mean over the routings. copy_bytes: of one copy. values: a result
-    as one tensor, to be compared.
+    make: a new copy of the weights (caches, of a norm also the rows) it reads. calls: by implementation, ``(copy,
+    number of the call)`` to the result. nbytes, flops: the fewest of one call, mean over the routings. copy_bytes: of
+    one copy. values: a result as one tensor, to be compared.
     """
 
     op: str
@@ -87,14 +87,17 @@ def cases(shape: ModelShape, place: Place, tokens: int, context: int, quantise: 
 
 
 def _norm(place: Place, precision: str, T: int, H: int) -> Case:
-    x, residual = place.random(T, H), place.random(T, H)
+    def make() -> tuple[Tensor, Tensor, Tensor]:  # rows are most of what it reads: each copy has its own
+        return place.random(H), place.random(T, H), place.random(T, H)
+
     calls: dict[str, Call] = {
-        OURS: lambda weight, _: ops.add_rms_norm(x, residual, weight, 1e-6)[0],
-        "reference": lambda weight, _: reference.add_rms_norm(x, residual, weight, 1e-6)[0],
-        "torch": lambda weight, _: F.rms_norm(x + residual, (H,), weight, 1e-6),
+        OURS: lambda copy, _: ops.add_rms_norm(copy[1], copy[2], copy[0], 1e-6)[0],
+        "reference": lambda copy, _: reference.add_rms_norm(copy[1], copy[2], copy[0], 1e-6)[0],
+        "torch": lambda copy, _: F.rms_norm(copy[1] + copy[2], (H,), copy[0], 1e-6),
     }
-    nbytes = (4 * T * H + H) * x.element_size()
-    return Case("add_rms_norm", precision, {"T": T, "H": H}, lambda: place.random(H), calls, nbytes, 0, nbytes)
+    width = place.dtype.itemsize
+    nbytes, copy_bytes = (4 * T * H + H) * width, (2 * T * H + H) * width
+    return Case("add_rms_norm", precision, {"T": T, "H": H}, make, calls, nbytes, 0, copy_bytes)
 
 
 def _linear(place: Place, precision: str, T: int, H: int, outputs: int, int8: bool) -> Case:
@@ -241,7 +244,9 @@ def grouped_mm(x_TH: Tensor, weight_TK: Tensor, expert_TK: Tensor, gate_up_EIH: 
     """Do what `ops.moe_experts` does with torch's own grouped matmul: rows sorted by expert, nothing padded."""
     T, K = expert_TK.shape
     order = expert_TK.flatten().argsort()
-    ends = torch.bincount(expert_TK.flatten(), minlength=len(down_EHI)).cumsum(0).to(torch.int32)
+    experts_E = torch.arange(len(down_EHI), device=x_TH.device)
+    # Not `bincount`: the host waits for it, which no graph can hold.
+    ends = torch.searchsorted(expert_TK.flatten()[order], experts_E, right=True).to(torch.int32)
     gate, up = F.grouped_mm(x_TH[order // K], gate_up_EIH.transpose(1, 2), offs=ends).chunk(2, -1)
     rows = F.grouped_mm(F.silu(gate) * up, down_EHI.transpose(1, 2), offs=ends)
     weighted = rows.float() * weight_TK.flatten()[order, None]

@@ -14,36 +14,41 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ascend.devices import get_device
 from ascend.devices.base import Device
+from ascend.devices.cpu import CpuDevice
 from ascend.errors import UserError
 from perf.arguments import Parser, numbers, out_file
 from perf.machine import describe, this_run
 from perf.models import open_model
-from perf.rates import matmul_rate, read_rate, seconds
+from perf.rates import EMULATED_SHARE, matmul_rate, read_rate, seconds
 from perf.result import OpsRow, OpsSettings, Result, document, write
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from ascend.model_shape import ModelShape
     from perf.op_cases import Case
 
 EXIT_WRONG, EXIT_INTERRUPTED = 1, 130
 EMULATED = "npu-emulated"
 FORMATS = ("w8a8", "w4a16")
-CALLS, MOST_COPIES = 16, 512  # calls of a walk, at least; copies at most: a norm's weight comes from a cache anyway
-# By device: larger than its last-level caches together (H200: 60 MB of L2).
-WALKED_BYTES = {"cpu": 512 << 20, "cuda": 1 << 30, "npu": 1 << 30}
+CALLS, MOST_COPIES = 16, 512  # calls of a walk, at least; copies at most, so a norm of few rows stays in a cache
+CARD_WALK_BYTES = 1 << 30  # larger than a card's last-level caches together (H200: 60 MB of L2)
 # How far an implementation may be from ours, of the largest value: both round to the dtype, sums to a few more of it.
+TORCH_DTYPE = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 TOLERANCE = {"bf16": 3e-2, "fp16": 5e-3, "fp32": 1e-4, "w8a8": 6e-2, "w4a16": 3e-2}
 
 
 def main(argv: Sequence[str]) -> int:
-    """Time the ops and print a table; returns 1 if one does not compute what its definition says."""
+    """Time the ops and print a table; returns 1 if one does not compute what its definition says.
+
+    That op and those after it are not reported, those before it are. So are they after an interrupt; it returns 130.
+    """
     args = _parse(argv)
     if args.device == EMULATED:
         return _under_the_emulator(argv)
@@ -51,7 +56,6 @@ def main(argv: Sequence[str]) -> int:
     import torch
 
     from ascend.model_shape import ModelShape
-    from perf.op_cases import Place, cases
 
     device.activate()
     torch.set_num_threads(args.threads)
@@ -60,21 +64,21 @@ def main(argv: Sequence[str]) -> int:
     machine = describe(device)
     if machine.emulated:
         print("EMULATED CARD: every time below is this computer's, and says nothing of an Ascend card's speed")
-    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[args.dtype]
     shape, rows = ModelShape.from_config(config), list[OpsRow]()
-    walked = args.walk_bytes or WALKED_BYTES[device.type] // (64 if machine.emulated else 1)
+    walked = args.walk_bytes or _walk_bytes(device, machine.emulated)
     print(f"{machine.device}; {model.name}'s shapes; {args.rounds} rounds, walks of at least {walked / 1e6:.0f} MB")
     _head()
     code = 0
     try:
-        for tokens in args.tokens:
-            place = Place(device.torch_device, dtype, args.skew, torch.Generator().manual_seed(args.seed))
-            for case in cases(shape, place, tokens, args.context, args.quantise):
-                with torch.inference_mode():
-                    wrong = _measure(args, device, machine.emulated, case, walked, rows)
-                if wrong:
-                    print(f"WRONG: {case.op} {wrong}: nothing is reported", file=sys.stderr)
+        for case in _cases(args, device, shape):
+            with torch.inference_mode():
+                wrong = _measure(args, device, machine.emulated, case, walked, rows)
+            if wrong:
+                print(f"WRONG: {case.op} {wrong}: neither it nor what comes after it is reported", file=sys.stderr)
+                if not rows:
                     return EXIT_WRONG
+                code = EXIT_WRONG
+                break
     except KeyboardInterrupt:
         if not rows:
             raise
@@ -98,6 +102,24 @@ def _under_the_emulator(argv: Sequence[str]) -> int:
     return subprocess.run([sys.executable, "-m", "perf", "ops", *arguments], env=environment(), check=False).returncode
 
 
+def _cases(args: argparse.Namespace, device: Device, shape: ModelShape) -> Iterator[Case]:
+    import torch
+
+    from perf.op_cases import Place, cases
+
+    dtype = getattr(torch, TORCH_DTYPE[args.dtype])
+    for tokens in args.tokens:
+        place = Place(device.torch_device, dtype, args.skew, torch.Generator().manual_seed(args.seed))
+        yield from cases(shape, place, tokens, args.context, args.quantise)
+
+
+def _walk_bytes(device: Device, emulated: bool) -> int:
+    """Return how much must be walked through so that little of it comes from a cache."""
+    if isinstance(device, CpuDevice):
+        return device.uncached_bytes()
+    return CARD_WALK_BYTES // (EMULATED_SHARE if emulated else 1)
+
+
 def _measure(
     args: argparse.Namespace, device: Device, emulated: bool, case: Case, walked: int, rows: list[OpsRow]
 ) -> str | None:
@@ -116,11 +138,11 @@ def _measure(
         if wrong:
             return wrong
         walk = _walk(call, copies, count)
-        walks[name] = device.capture(walk) if _captures(args, device) else walk
+        walks[name] = _captured(device, walk, f"{case.op} as {name}") if _captures(args, device) else walk
     times: dict[str, list[float]] = {name: [] for name in walks}
-    rates = []
+    rates, dtype = [], TORCH_DTYPE.get(case.precision, "bfloat16")
     for number in range(args.rounds):
-        rates.append((read_rate(device, emulated), matmul_rate(device, "bfloat16", emulated)))
+        rates.append((read_rate(device, emulated), matmul_rate(device, dtype, emulated)))
         order = list(walks)[number % len(walks) :] + list(walks)[: number % len(walks)]
         for name in order:
             times[name].append(seconds(device, walks[name], passes=2) / count)
@@ -151,6 +173,14 @@ def _walk(call: Callable[[Any, int], Tensor], copies: list[Any], count: int) -> 
             call(copies[i % len(copies)], i)
 
     return walk
+
+
+def _captured(device: Device, walk: Callable[[], None], what: str) -> Callable[[], Any]:
+    try:
+        return device.capture(walk)
+    except RuntimeError as error:
+        said = str(error).splitlines()[0][:80]
+        raise UserError(f"{what} cannot be captured on this device ({said}): give --eager") from error
 
 
 def _captures(args: argparse.Namespace, device: Device) -> bool:

@@ -79,29 +79,36 @@ class Run(Strict):
 
 @dataclass(frozen=True)
 class DecodeSettings(Strict):
-    """Of `perf decode`. prompt_length, new_tokens: of each generation; threads: of the CPU; captured: as a graph."""
+    """Of `perf decode`. prompt_length, new_tokens: of each generation; threads: of the CPU.
+
+    rounds: those asked for; rows have fewer values where rounds were left out, or the run was interrupted.
+    """
 
     prompt_length: int
     new_tokens: int
     rounds: int
     threads: int | None
-    captured: bool
 
 
 @dataclass(frozen=True)
 class DecodeRow(Strict):
     """One engine at one batch size.
 
-    step_seconds: seconds of one decode step, one value a round. read_rate: bytes per second that a plain read reached
-    in the same rounds, on the same device; sheet_rate: what the vendor says. distinct_experts: of a layer that a step
+    captured: whether its step is a replayed graph, null where the engine does not tell. random_weights: whatever
+    `Model.weights` says, this engine had random ones. step_seconds: seconds of one decode step, one value a round.
+    read_rate: bytes per second that a plain read reached on the same device, mean of before and after the same round's
+    turns; sheet_rate: what the vendor says. distinct_experts: of a layer that a step
     hit, as this project's engine counted, null where it did not take part (uniform routing is then assumed).
     bytes_per_step, flops_per_step: the fewest (`ascend.cost`), at ``context`` tokens a row. share_of_read_rate,
-    share_of_sheet: bytes_per_step over the time, of those rates. memory_bytes: the engine's, at its most. watts: mean
-    of all cards while it decoded.
+    share_of_sheet: bytes_per_step over the time, of those rates. memory_bytes: what the engine's process held resident
+    (CPU) or its allocator reserved (a card) after a generation, at its most; what an earlier batch size took and was
+    not given back is in it. watts: mean of all cards while it decoded.
     """
 
     engine: str
     version: str
+    captured: bool | None
+    random_weights: bool
     batch: int
     context: int
     step_seconds: list[float]
@@ -132,7 +139,8 @@ class OpsRow(Strict):
     """One op, as one implementation does it, at one size.
 
     sizes: the letters of its shapes. copies: sets of weights that were walked through. call_seconds: seconds of one
-    call, one value a round. bytes, flops: the fewest of one call. read_rate, matmul_rate: measured in the same rounds.
+    call, one value a round. bytes, flops: the fewest of one call. read_rate, matmul_rate: measured in the same rounds,
+    the products in the op's own precision (fp32, fp16), of quantised weights in bf16: a W8A8 op may exceed that rate.
     """
 
     op: str

@@ -19,9 +19,9 @@ from typing import Any
 from ascend.errors import UserError, suggest
 from perf import machine, result
 from perf.arguments import Parser, numbers, out_file
-from perf.load.checks import check
+from perf.load.checks import check, check_prefix_cache
 from perf.load.client import LoadClient, check_installed
-from perf.load.endpoint import KEY_VARIABLES, connect, read_key
+from perf.load.endpoint import KEY_VARIABLES, connect, prefix_cache_hits, read_key
 from perf.load.points import Point, closed_loop, open_loop
 from perf.load.site import check_fits, machine_of, model_of, token_ids
 from perf.load.table import summary, table
@@ -51,9 +51,11 @@ def main(argv: Sequence[str]) -> int:
             client.warm_up(point)
             for repeat in range(args.repeats):
                 run = Point(point.max_concurrency, point.request_rate, point.requests, repeat)
+                asked, known = lengths(work, args.seed, run.requests), prefix_cache_hits(endpoint)
                 with PowerMeter(device, cards) as power:
                     measured, prompts = client.measure(run)
-                check(measured, run, lengths(work, args.seed, run.requests))
+                check(measured, run, asked)
+                check_prefix_cache(run, known, prefix_cache_hits(endpoint), sum(prompt for prompt, _ in asked))
                 rows.append(ServeRow(run.max_concurrency, run.request_rate, repeat, prompts, measured, power.watts))
                 _progress(run, args.repeats, measured)
     settings = ServeSettings(

@@ -2,7 +2,7 @@
 
 A worker loads the model and prints one JSON line; after that it answers each request line with one. Requests: a
 generation (``batch``, ``prompt_length``, ``new_tokens``, ``seed``), ``{"distinct_experts": true}`` with the same
-fields, or to the worker called "rates" ``{"dtype": …}``.
+fields, or to the worker called "rates" ``{"read": true}``.
 """
 
 from __future__ import annotations
@@ -96,7 +96,8 @@ def _engine(engine: Engine, setting: Setting, name: str) -> Callable[[dict[str, 
 
     def serve(request: dict[str, Any]) -> dict[str, Any]:
         if not request:
-            return {"version": engine.version, "torch": torch.__version__, "captured": engine.captured}
+            told = {"captured": engine.captured, "random_weights": engine.random_weights}
+            return told | {"version": engine.version, "torch": torch.__version__}
         generator = torch.Generator().manual_seed(request["seed"])
         shape = (request["batch"], request["prompt_length"])
         prompts = torch.randint(vocabulary, shape, generator=generator).tolist()
@@ -116,7 +117,7 @@ def _rates(setting: Setting) -> Callable[[dict[str, Any]], dict[str, Any]]:
     from ascend.devices import get_device
     from ascend.emulator import active
     from perf.machine import describe
-    from perf.rates import matmul_rate, read_rate
+    from perf.rates import read_rate
 
     device = get_device(setting.device)
     device.activate()
@@ -125,8 +126,7 @@ def _rates(setting: Setting) -> Callable[[dict[str, Any]], dict[str, Any]]:
     def serve(request: dict[str, Any]) -> dict[str, Any]:
         if not request:
             return {"machine": asdict(describe(device)), "sheet_rate": device.facts().bandwidth.value}
-        rates = {"read_rate": read_rate(device, emulated)}
-        return rates | ({"matmul_rate": matmul_rate(device, request["dtype"], emulated)} if "dtype" in request else {})
+        return {"read_rate": read_rate(device, emulated)}
 
     return serve
 

@@ -67,6 +67,8 @@ def decode(
             **{
                 "engine": engine,
                 "version": f"{engine} 1.0",
+                "captured": None,
+                "random_weights": False,
                 "batch": batch,
                 "context": 72,
                 "step_seconds": list(seconds),
@@ -86,7 +88,7 @@ def decode(
         for (engine, batch), seconds in steps.items()
     ]
     rounds = len(rows[0].step_seconds)
-    return Result("decode", head or run(CPU), settings or DecodeSettings(32, 64, rounds, 2, False), rows)
+    return Result("decode", head or run(CPU), settings or DecodeSettings(32, 64, rounds, 2), rows)
 
 
 def ops() -> Result:

@@ -217,9 +217,25 @@ SOFT: dict[str, tuple[Result, Result, str, list[str]]] = {
     "precision": (serve(), serve(model(precision="fp8")), "precision", ["precision"]),
     "weights": (serve(), serve(model(weights="6" * 64)), "weights", ["weights"]),
     "weights unknown": (serve(), serve(model(weights=None)), "weights", []),
+    "random weights": (serve(), serve(model(weights="random")), "weights", ["weights"]),
+    "an engine's random weights": (decode(ONE_CPU), decode(ONE_CPU, random_weights=True), "weights", ["weights"]),
+    "captured": (decode(ONE_CPU, captured=True), decode(ONE_CPU, captured=False), "versions", ["decode step"]),
+    "captured, of one that tells": (decode(ONE_CPU, captured=True), decode(ONE_CPU), "versions", []),
+    "captured, of another engine": (
+        decode(ONE_CPU, captured=True),
+        decode({("vllm", 1): [0.1, 0.2]}, captured=False),
+        "versions",
+        [],
+    ),
     "engine": (serve(), serve(settings=serve_settings(engine="vllm 0.33.0")), "versions", ["engine"]),
-    "torch": (serve(), serve(run(versions=VERSIONS | {"torch": "2.14.0"})), "versions", ["torch"]),
-    "driver": (serve(), serve(run(replace(H20, software={"driver": "580"}))), "versions", ["driver"]),
+    "torch": (
+        decode(ONE_CPU), decode(ONE_CPU, run(CPU, versions=VERSIONS | {"torch": "2.14.0"})), "versions", ["torch"]
+    ),
+    "driver": (
+        decode(ONE_CPU, run()), decode(ONE_CPU, run(replace(H20, software={"driver": "580"}))), "versions", ["driver"]
+    ),
+    "torch of a load client": (serve(), serve(run(versions=VERSIONS | {"torch": "2.14.0"})), "versions", []),
+    "an engine that is not named": (serve(), serve(settings=serve_settings(engine="unknown")), "versions", []),
     "cores": (serve(run(CPU)), serve(run(replace(CPU, cores=4))), "threads", ["cores"]),
     "threads": (
         decode(ONE_CPU),
@@ -254,11 +270,28 @@ REMARKS: dict[str, tuple[Result, Result, str]] = {
         serve(run(replace(NPU, cards=4)), settings=serve_settings(engine="vllm-ascend 0.13")),
         "engines differ with the platform: vllm 0.32.0 and vllm-ascend 0.13",
     ),
-    "random weights": (
+    "weights": (
         serve(),
-        serve(model(weights="random")),
-        "random weights: speed as with uniform routing, answers without meaning",
+        serve(model(weights=None)),
+        "the weights' hash is known of one of the two only; that they fit is your word",
     ),
+    "seed": (
+        decode(ONE_CPU),
+        decode(ONE_CPU, run(CPU, seed=1)),
+        "seeds 0 and 1: other prompts, and other random weights",
+    ),
+    "driver of one": (serve(), serve(run(replace(H20, software={}))), "drivers: 570.86.15 and unknown"),
+    "driver of a load client": (
+        serve(),
+        serve(run(replace(H20, software={"driver": "580"}))),
+        "drivers: 570.86.15 and 580",
+    ),
+    "another engine": (
+        serve(),
+        serve(settings=serve_settings(engine="sglang 0.5")),
+        "another engine: vllm 0.32.0 and sglang 0.5",
+    ),
+    "no version": (serve(), serve(settings=serve_settings(engine="unknown")), "the server does not say its version"),
     "service level": (
         serve(),
         serve(settings=serve_settings(service_level={"ttft": 500.0})),
@@ -272,6 +305,15 @@ def test_differences_that_are_said(what: str, tmp_path: Path) -> None:
     a, b, remark = REMARKS[what]
     assert judged(tmp_path, a, a) == Judgement([], [], [])
     assert judged(tmp_path, a, b) == Judgement([], [], [remark])
+
+
+def test_random_weights_are_said_of_both(tmp_path: Path) -> None:
+    made = serve(model(weights="random"))
+    line = "random weights: speed as with uniform routing, answers without meaning"
+    assert judged(tmp_path, made, made) == Judgement([], [], [line])
+    # Two precisions have two hashes; random weights are other weights all the same.
+    whats = [one.what for one in judged(tmp_path, serve(), serve(model(weights="random", precision="fp8"))).refused]
+    assert whats == ["precision", "weights"]
 
 
 def test_files_of_other_tools_are_taken_at_their_users_word() -> None:
@@ -495,7 +537,7 @@ def test_the_table(files: Files, capsys: pytest.CaptureFixture[str]) -> None:
     assert ratios[1].endswith("worse")
     unsettled = [line for line in ratios if line.startswith("concurrency 8")]
     assert unsettled
-    assert all(line.endswith(")") for line in unsettled)
+    assert all(line.endswith(") not settled") for line in unsettled)
     assert main([made[1], made[0]]) == 0
     assert "better" in capsys.readouterr().out
 

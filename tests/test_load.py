@@ -7,6 +7,7 @@ import json
 import subprocess
 import sys
 import time
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,12 +16,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from ascend.errors import UserError
 from convert.demo import write_demo
 from perf import serve
 from perf.load import client
-from perf.load.checks import check, lag
+from perf.load.checks import check, check_prefix_cache, lag
 from perf.load.client import LoadClient
-from perf.load.endpoint import Endpoint, connect
+from perf.load.endpoint import Endpoint, connect, prefix_cache_hits
 from perf.load.points import Point, closed_loop, open_loop
 from perf.load.site import machine_of, model_of, token_ids
 from perf.load.table import summary, table
@@ -139,6 +141,53 @@ def test_what_must_not_be_reported_is_refused() -> None:
     assert "went out 21 ms after its arrival (20 ms are allowed)" in user_error(check, late, point, asked)
     check(late | {"ttfts": [0.5, 0.5, 0.5]}, point, asked)  # 25 ms are allowed
     check(late, Point(1, None, 3), asked)  # a closed loop has no schedule
+
+
+def completed(server: TimedServer, prompt: list[int]) -> None:
+    body = json.dumps({"model": "timed", "prompt": prompt, "max_tokens": 1}).encode()
+    headers = {"Content-Type": "application/json", "Authorization": "Bearer sesame"}
+    with urllib.request.urlopen(urllib.request.Request(f"{server.url}/v1/completions", body, headers)) as response:
+        response.read()
+
+
+def test_what_a_prefix_cache_knew_is_no_result(server: TimedServer) -> None:
+    endpoint, point = Endpoint(server.url, "timed", api_key="sesame"), Point(4, None, 3)
+    before = prefix_cache_hits(endpoint)
+    completed(server, [1, 2, 3, 4])
+    assert prefix_cache_hits(endpoint) == before
+    completed(server, [1, 2, 3, 4])
+    after = prefix_cache_hits(endpoint)
+    assert (before, after) == (0.0, 4.0), "summed over the engines"
+    line = "concurrency 4: the server knew 4 of 399 prompt tokens from an earlier run (prefix cache): restart it or "
+    assert user_error(check_prefix_cache, point, before, after, 399) == f"{line}take another --seed"
+    check_prefix_cache(point, before, after, 400)
+    check_prefix_cache(point, None, after, 1)
+    check_prefix_cache(point, before, None, 1)
+    assert prefix_cache_hits(Endpoint(server.url, "timed", api_key="wrong")) is None
+
+
+@pytest.mark.parametrize(
+    ("text", "hits"),
+    [
+        ("vllm:gpu_prefix_cache_hits_total 7.0\n", 7.0),
+        ('vllm:gpu_prefix_cache_hits_total{a="}"} 7.0\nvllm:prefix_cache_hits_total{a="}"} 7.0\n', 7.0),
+        ("vllm:prefix_cache_hits_total 1.2e+06", 1.2e6),
+        ("# vllm:prefix_cache_hits_total 3.0\nvllm:prefix_cache_queries_total 3.0\n", None),
+        ("", None),
+    ],
+)
+def test_the_names_of_a_prefix_cache(text: str, hits: float | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("perf.load.endpoint._fetch", lambda url, key: text.encode())
+    assert prefix_cache_hits(Endpoint("http://x", "m")) == hits
+
+
+def test_the_key_goes_nowhere_else(server: TimedServer, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(UserError, match=r"redirects \(302\): give the server's own address"):
+        connect(f"{server.url}/moved", model, None, "sesame")
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:1")
+    for name in ("no_proxy", "NO_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    assert connect(server.url, model, None, "sesame").model == "timed"
 
 
 def test_special_tokens_are_not_sent(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import statistics
 import subprocess
 import sys
 import time
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +22,13 @@ from ascend.cost import decode_work
 from ascend.devices import Host
 from ascend.devices.cpu import CpuDevice
 from ascend.devices.npu import NpuDevice
+from ascend.errors import UserError
 from ascend.model_shape import ModelShape
 from ascend.precision import FP32, PRECISIONS
 from perf import result
 from perf.decode import FEW, main
-from perf.engines import Engine, Lean, Setting
+from perf.engines import Engine, Lean, Setting, Vllm
+from perf.machine import describe
 from perf.power import PowerMeter
 from perf.rates import read_rate, seconds
 from perf.result import DecodeRow, Result
@@ -96,7 +98,8 @@ def test_lean_alone_with_random_weights(tmp_path: Path) -> None:
     assert (model.layers, model.num_hidden_layers) == (2, 4)
     assert (run.machine.device_type, run.machine.emulated, run.machine.cards) == ("cpu", False, 1)
     assert run.versions["lean"] == f"ascend {ascend.__version__}"
-    assert (made.settings.rounds, made.settings.threads, made.settings.captured) == (2, 1, False)
+    assert (made.settings.rounds, made.settings.threads) == (2, 1)
+    assert {(row.captured, row.random_weights) for row in made.rows} == {(False, True)}
     assert [(row.engine, row.batch) for row in made.rows] == [("lean", 1), ("lean", 3)]
     assert model.shape is not None
     rows_follow(made, model.shape | {"num_hidden_layers": 2}, "bf16")
@@ -109,7 +112,7 @@ def test_lean_alone_with_random_weights(tmp_path: Path) -> None:
     for row, line in zip(made.rows, table, strict=True):
         median = 1e3 * statistics.median(row.step_seconds)
         assert line[:4] == ["lean", str(row.batch), f"{row.tokens_per_second:.1f}", f"{median:.2f}"]
-        assert line[-1] == "1.00"
+        assert line[-3:] == ["1.00", "random", "weights"]
 
 
 @pytest.mark.slow
@@ -140,7 +143,7 @@ def test_beside_its_peers(tmp_path: Path) -> None:
         assert made.run.versions[row.engine] == row.version
         line = next(line for line in done.stdout.splitlines() if line.startswith(row.engine)).split()
         times = zip(first.step_seconds, row.step_seconds, strict=True)
-        assert line[-1] == f"{statistics.median(theirs / ours for ours, theirs in times):.2f}"
+        assert line[-3] == f"{statistics.median(theirs / ours for ours, theirs in times):.2f}"
 
 
 @pytest.mark.slow
@@ -152,7 +155,7 @@ def test_an_emulated_card_is_labelled(tmp_path: Path) -> None:
     assert done.stdout.startswith("EMULATED CARD: every time below is this computer's, and says nothing of an Ascend")
     made = result.read(out)
     assert (made.run.machine.emulated, made.run.machine.device_type) == (True, "npu")
-    assert (made.settings.threads, made.settings.captured) != (None, False)
+    assert [(row.captured, row.random_weights) for row in made.rows] == [(True, True)]
 
 
 def test_mistakes_get_one_line(tmp_path: Path) -> None:
@@ -179,6 +182,132 @@ def test_an_engine_that_cannot_is_told_in_one_line() -> None:
     done = decode("--model", "tiny", "--engines", "lean,transformers", "--quantise", "w8a8", *QUICK)
     assert (done.returncode, done.stderr) == (2, "error: engine transformers: it runs unquantised only\n")
     assert done.stdout == ""
+
+
+# Rounds, with engines whose times are known.
+
+STEP, PREFILL, SET_UP = 0.01, 0.5, 3.0
+
+
+class Known:
+    """A worker of known times, for another batch size first sets up; ``noise``: seconds more, by (number, tokens)."""
+
+    rates: list[float] = []  # noqa: RUF012 (of the test that runs)
+    noise: dict[tuple[int, int], float] = {}  # noqa: RUF012
+    interrupt_at: int | None = None
+
+    def __init__(self, name: str, *_: Any) -> None:
+        self.name, self.batch, self.reads = name, 0, iter(self.rates)
+
+    def answer(self, **request: Any) -> dict[str, Any]:
+        if not request:
+            told = {"version": f"{self.name} 1", "captured": self.name == "lean" or None, "random_weights": True}
+            return told | {"machine": asdict(describe(CpuDevice())), "sheet_rate": None}
+        if "read" in request:
+            return {"read_rate": next(self.reads, 2e10)}
+        if "distinct_experts" in request:
+            return {"distinct_experts": 4.0}
+        if request["seed"] == self.interrupt_at:
+            raise KeyboardInterrupt
+        set_up = SET_UP if request["batch"] != self.batch else 0.0
+        self.batch, tokens = request["batch"], request["new_tokens"]
+        extra = self.noise.get((request["seed"], tokens), 0.0) if self.name == "lean" else 0.0
+        return {"seconds": set_up + PREFILL + tokens * STEP + extra, "memory_bytes": 10**9}
+
+    def stop(self) -> None:
+        pass
+
+
+KNOWN = ["--model", "tiny", "--engines", "lean,transformers", "--batch", "1,3", "--new-tokens", "24", "--rounds", "3"]
+
+
+@pytest.fixture
+def known(monkeypatch: pytest.MonkeyPatch) -> type[Known]:
+    monkeypatch.setattr("perf.decode.Worker", Known)
+    for name, value in (("rates", []), ("noise", {}), ("interrupt_at", None)):
+        monkeypatch.setattr(Known, name, value)
+    return Known
+
+
+def test_what_an_engine_sets_up_is_no_part_of_a_step(known: type[Known], tmp_path: Path) -> None:
+    out = tmp_path / "a.json"
+    assert main([*KNOWN, "--out", str(out)]) == 0
+    rows = result.read(out).rows
+    assert [(row.engine, row.batch, row.captured) for row in rows] == [
+        ("lean", 1, True), ("transformers", 1, None), ("lean", 3, True), ("transformers", 3, None)
+    ]  # fmt: skip
+    for row in rows:
+        assert row.step_seconds == pytest.approx([STEP] * 3)
+        assert (row.distinct_experts, row.random_weights, row.memory_bytes) == (4.0, True, 10**9)
+
+
+def test_a_round_that_says_nothing_is_left_out_for_all(
+    known: type[Known], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "a.json"
+    known.noise = {(2, FEW): 9.0}
+    assert main([*KNOWN, "--out", str(out)]) == 0
+    assert "batch 3: 1 of 3 rounds left out: more tokens took an engine no more time\n" in capsys.readouterr().err
+    for row in result.read(out).rows:
+        assert len(row.step_seconds) == len(row.read_rate) == 2
+    known.noise[3, FEW] = 9.0
+    line = "batch 1: 24 more tokens took no more time in 2 of 3 rounds; give --new-tokens more"
+    assert user_error(main, KNOWN) == line
+    known.noise = {(1, FEW): 9.0}
+    line = "batch 1: 24 more tokens took no more time in 1 of 1 rounds; give --new-tokens more"
+    assert user_error(main, [*KNOWN, "--rounds", "1"]) == line
+
+
+def test_whole_rounds_outlive_an_interrupt(
+    known: type[Known], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "a.json"
+    known.interrupt_at = 2
+    assert main([*KNOWN, "--out", str(out)]) == 130
+    assert capsys.readouterr().err.endswith("interrupted: 1 of 3 rounds are whole and reported\n")
+    assert [len(row.step_seconds) for row in result.read(out).rows] == [1] * 4
+    out.unlink()
+    known.interrupt_at = 1
+    with pytest.raises(KeyboardInterrupt):
+        main([*KNOWN, "--out", str(out)])
+    assert not out.exists()
+
+
+@pytest.mark.parametrize(("last", "said"), [(2.2e10, False), (2.8e10, True)])
+def test_a_read_rate_is_taken_before_and_after(
+    last: float, said: bool, known: type[Known], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "a.json"
+    # The warm-up's and then two rounds', each before and after.
+    known.rates = [9e10, 9e10, 1.8e10, 2.2e10, 2e10, last]
+    assert main([*KNOWN, "--batch", "1", "--rounds", "2", "--out", str(out)]) == 0
+    for row in result.read(out).rows:
+        assert row.read_rate == [2e10, (2e10 + last) / 2]
+    text = capsys.readouterr().out
+    assert ("NOT STEADY: the read rate moved by 20% between rounds" in text) == said
+    assert [line.endswith("  random weights") for line in text.splitlines() if line.startswith("lean ")] == [True]
+
+
+def test_a_step_that_cannot_be_captured_is_told(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = Lean(setting(path))
+    engine.captured = True  # as on a card
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise RuntimeError("operation not permitted when stream is capturing\nmore")
+
+    monkeypatch.setattr("ascend.generation.Decoder._capture", refuse)
+    said = "the decode step cannot be captured on this device (operation not permitted when stream is capturing)"
+    assert user_error(engine.generate, [[1, 2]], 2) == f"{said}: give --eager"
+    engine.captured = False
+    assert engine.generate([[1, 2]], 2) == 2
+
+
+def test_vllm_is_bound_to_cores_that_it_may_use(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {7, 4, 6})
+    monkeypatch.setattr(os, "environ", {})
+    with pytest.raises(UserError, match="quantises no model"):
+        Vllm(setting(path, threads=2, quantise="w8a8"))
+    assert os.environ["VLLM_CPU_OMP_THREADS_BIND"] == "4,6"
 
 
 # Workers.

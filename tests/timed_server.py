@@ -4,6 +4,8 @@ Each request takes one of ``slots``, first come, first served; its first token c
 next ones every ``itl``. Every time is computed from the request's arrival and when a slot is free, and slept until, so
 that no delay adds up: the throughput at capacity is slots · tokens / (ttft + (tokens - 1) · itl) exactly.
 
+`/metrics` counts as known to a prefix cache the prompts that came before, in vLLM's words.
+
 `--stall S --stall-after N`: from 0.1 s after the N-th request's arrival on, nothing moves for S seconds.
 """
 
@@ -68,6 +70,8 @@ class Timed:
         self.free = [0.0] * args.slots
         self.log: list[dict[str, Any]] = []
         self.stall_at = float("inf")
+        self.seen: set[tuple[int, ...]] = set()
+        self.known_tokens = 0
 
     async def completions(self, request: web.Request) -> web.StreamResponse:
         """Answer with ``max_tokens`` tokens, on time."""
@@ -78,6 +82,9 @@ class Timed:
         number = len(self.log)
         if self.args.stall and number == self.args.stall_after:
             self.stall_at = arrived + 0.1
+        prompt = tuple(body["prompt"])
+        self.known_tokens += len(prompt) if prompt in self.seen else 0
+        self.seen.add(prompt)
         tokens = body["max_tokens"] - (1 if self.args.wrong_length else 0)
         came = self._stopped(arrived)
         start = max(came, heapq.heappop(self.free))
@@ -102,6 +109,18 @@ class Timed:
     async def version(self, _request: web.Request) -> web.Response:
         """As vLLM tells it."""
         return web.json_response({"version": "1"})
+
+    async def metrics(self, request: web.Request) -> web.Response:
+        """As vLLM counts, for two engines."""
+        name = "vllm:prefix_cache_hits"
+        lines = [f'{name}_total{{engine="{one}",model_name="m"}} {self.known_tokens / 2:.1f}' for one in (0, 1)]
+        head = f"# HELP {name}_total cached tokens\n# TYPE {name}_total counter\n"
+        created = f'{name}_created{{engine="0"}} 1.7e+09'
+        return self._refused(request) or web.Response(text=head + "\n".join([*lines, created, ""]))
+
+    async def moved(self, _request: web.Request) -> web.Response:
+        """Send everyone elsewhere."""
+        raise web.HTTPFound("/v1/models")
 
     async def requests(self, _request: web.Request) -> web.Response:
         """What came so far."""
@@ -149,6 +168,8 @@ def main() -> None:
     app.router.add_post("/v1/completions", timed.completions)
     app.router.add_get("/v1/models", timed.models)
     app.router.add_get("/version", timed.version)
+    app.router.add_get("/metrics", timed.metrics)
+    app.router.add_get("/moved/v1/models", timed.moved)
     app.router.add_get("/log", timed.requests)
     web.run_app(app, host="127.0.0.1", port=args.port, print=None, access_log=None)
 

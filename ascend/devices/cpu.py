@@ -183,8 +183,7 @@ class CpuDevice(Device):
         """
         import torch
 
-        size = max(512 * MiB, 8 * self._last_level_cache())
-        size = min(size, self.memory().free // 2) // MiB * MiB
+        size = self.uncached_bytes()
         data = torch.empty(size, dtype=torch.uint8).fill_(1)
         floats, integers = data.view(torch.float32), data.view(torch.int64)
         passes: tuple[Callable[[], Any], ...] = (floats.sum, floats.amax, integers.sum)
@@ -195,6 +194,10 @@ class CpuDevice(Device):
                 read()
                 fastest = min(fastest, time.perf_counter() - start)
         return size / fastest
+
+    def uncached_bytes(self) -> int:
+        """Return how much to read so that at most an eighth comes from caches; never above half the free memory."""
+        return min(max(512 * MiB, 8 * self._last_level_cache()), self.memory().free // 2) // MiB * MiB
 
     def _last_level_cache(self) -> int:
         """Return the bytes of all caches of the highest level together, 0 where the kernel does not tell."""

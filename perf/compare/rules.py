@@ -16,9 +16,11 @@ from perf.compare.systems import System
 ACROSS = {
     "precision": "another precision moves other bytes and gives other answers",
     "weights": "other weights route tokens to other experts",
-    "versions": "another version of the engine on the same kind of device is another engine",
+    "versions": "another version of the engine, or another way to run it, on the same kind of device is another engine",
     "threads": "another number of threads is another machine",
 }
+
+RANDOM, UNKNOWN, SERVE = "random", "unknown", "perf serve"
 
 
 @dataclass(frozen=True)
@@ -85,13 +87,17 @@ def _hard(a: System, b: System) -> list[Finding]:
 def _soft(a: System, b: System) -> list[Finding]:
     """Differences that may be what is compared."""
     found = _differ(a, b, "precision", lambda run: run.model.precision, ACROSS["precision"], "precision")
-    if not found and a.run and b.run and "random" not in (a.run.model.weights, b.run.model.weights):
-        found += _differ(a, b, "weights", lambda run: run.model.weights, ACROSS["weights"], "weights")
-    if a.run and b.run and a.run.machine.device_type == b.run.machine.device_type and _name(a) == _name(b):
+    # Two precisions of one checkpoint have two hashes; random weights are other weights at any precision.
+    if a.weights and b.weights and a.weights != b.weights and (not found or RANDOM in (a.weights, b.weights)):
+        found.append(Finding("weights", _short(a.weights), _short(b.weights), ACROSS["weights"], "weights"))
+    if _one_kind_of_device(a, b) and _name(a) == _name(b) != UNKNOWN:
         if a.engine != b.engine:
             found.append(Finding("engine", a.engine, b.engine, ACROSS["versions"], "versions"))
-        found += _differ(a, b, "torch", lambda run: run.versions.get("torch"), ACROSS["versions"], "versions")
-        found += _differ(a, b, "driver", lambda run: run.machine.software.get("driver"), ACROSS["versions"], "versions")
+        if None not in (a.captured, b.captured) and a.captured != b.captured:
+            found.append(Finding("decode step", _step(a), _step(b), ACROSS["versions"], "versions"))
+        if SERVE not in (a.tool, b.tool):  # there they are those of the load client's environment
+            found += _differ(a, b, "torch", lambda run: run.versions.get("torch"), ACROSS["versions"], "versions")
+            found += _differ(a, b, "driver", _driver, ACROSS["versions"], "versions")
     if a.run and b.run and a.run.machine.device_type == b.run.machine.device_type == "cpu":
         found += _differ(a, b, "cores", lambda run: run.machine.cores, ACROSS["threads"], "threads")
         if a.threads != b.threads:
@@ -108,16 +114,47 @@ def _remarks(a: System, b: System) -> list[str]:
         files = ", ".join(one.source for one in (a, b) if one.run is None)
         made.append(f"{files}: does not say device, versions or model hash; that they fit is your word")
     else:
-        if a.run.machine.device_type != b.run.machine.device_type and a.engine != b.engine:
-            made.append(f"engines differ with the platform: {a.engine} and {b.engine}")
-        if "random" in (a.run.model.weights, b.run.model.weights):
+        made += _remarks_on_engines(a, b)
+        if RANDOM in (a.weights, b.weights):
             made.append("random weights: speed as with uniform routing, answers without meaning")
+        if (a.weights is None) != (b.weights is None):
+            made.append("the weights' hash is known of one of the two only; that they fit is your word")
         if a.run.commit != b.run.commit:
             made.append(f"measured with commits {a.run.commit} and {b.run.commit} of this toolkit")
+        if a.run.seed != b.run.seed:
+            made.append(f"seeds {a.run.seed} and {b.run.seed}: other prompts, and other random weights")
     levels = [one.settings.get("service level") for one in (a, b)]
     if levels[0] != levels[1]:
         made.append(f"goodput is left out: service levels {levels[0]} and {levels[1]}")
     return made
+
+
+def _remarks_on_engines(a: System, b: System) -> list[str]:
+    made = []
+    if UNKNOWN in (_name(a), _name(b)):
+        made.append("the server does not say its version")
+    elif not _one_kind_of_device(a, b):
+        if a.engine != b.engine:
+            made.append(f"engines differ with the platform: {a.engine} and {b.engine}")
+    elif _name(a) != _name(b):
+        made.append(f"another engine: {a.engine} and {b.engine}")
+    drivers = [_driver(one.run) for one in (a, b)]
+    if _one_kind_of_device(a, b) and drivers[0] != drivers[1] and (None in drivers or SERVE in (a.tool, b.tool)):
+        made.append(f"drivers: {_short(drivers[0])} and {_short(drivers[1])}")
+    return made
+
+
+def _one_kind_of_device(a: System, b: System) -> bool:
+    return bool(a.run and b.run and a.run.machine.device_type == b.run.machine.device_type)
+
+
+def _driver(run: Any) -> str | None:
+    version: str | None = run.machine.software.get("driver")
+    return version
+
+
+def _step(system: System) -> str:
+    return "captured" if system.captured else "eager"
 
 
 def _differ(

@@ -61,7 +61,8 @@ class System:
     label: what the report calls it. source: the file. tool: what measured. cards: None where the file does not say.
     settings: what must be the same for two systems to be comparable, by name. paired: systems of the same value were
     measured in turns, so that their rounds can be compared one by one. lengths: tokens of a request's prompt and
-    answer, means. run: None for files of other tools. threads: of an engine on the CPU.
+    answer, means. run: None for files of other tools. threads: of an engine on the CPU. weights: "random", or the
+    checkpoint's hash. captured: whether the decode step is a replayed graph, None where that is not known.
     """
 
     label: str
@@ -75,6 +76,8 @@ class System:
     lengths: tuple[float, float] | None = None
     run: Run | None = None
     threads: int | None = None
+    weights: str | None = None
+    captured: bool | None = None
 
 
 def read_systems(file: Path, label: str | None = None) -> list[System]:
@@ -125,6 +128,8 @@ def _decode(result: Result, source: str, label: str | None) -> list[System]:
                 source,
                 run=result.run,
                 threads=result.settings.threads,
+                weights="random" if rows[0].random_weights else result.run.model.weights,
+                captured=rows[0].captured,
             )
         )
     return systems
@@ -157,7 +162,20 @@ def _serve(result: Result, source: str, label: str | None) -> list[System]:
     many = f"{cards} x " if cards > 1 else ""
     name = label or f"{many}{run.machine.device}, {run.model.precision}"
     lengths = (result.settings.input_tokens, result.settings.output_tokens)
-    return [System(name, source, "perf serve", result.settings.engine, made, cards, settings, None, lengths, run)]
+    return [
+        System(
+            name,
+            source,
+            "perf serve",
+            result.settings.engine,
+            made,
+            cards,
+            settings,
+            lengths=lengths,
+            run=run,
+            weights=run.model.weights,
+        )
+    ]
 
 
 def _samples(results: list[dict[str, Any]]) -> dict[str, list[float]]:

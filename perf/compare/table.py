@@ -36,7 +36,7 @@ def facts(system: System) -> str:
         return f"{system.engine}; {system.tool}, {system.source}; device and model unknown"
     emulated = "EMULATED: no card took part, times mean nothing; " if run.machine.emulated else ""
     cards = f"{run.machine.cards} x " if run.machine.cards > 1 else ""
-    weights = "random weights" if run.model.weights == "random" else "checkpoint"
+    weights = "random weights" if system.weights == "random" else "checkpoint"
     model = f"{run.model.name} ({weights}, {run.model.precision})"
     return f"{emulated}{cards}{run.machine.device}; {system.engine}; {model}; {system.tool}, {run.date}"
 
@@ -98,9 +98,8 @@ def _pair(comparison: Comparison, pair: Pair) -> None:
         print(f"   note: {remark}")
     for (axis, value), ratios in pair.ratios.items():
         for key, found in ratios.items():
-            print(
-                f"   {load(axis, value):<18}{METRICS[key].label:<35}{found!s:<26}{side(key, found) or _open(found)}".rstrip()
-            )
+            verdict = side(key, found) or _open(found)
+            print(f"   {load(axis, value):<18}{METRICS[key].label:<35}{found!s:<26}{verdict}".rstrip())
     if pair.judgement.comparable and not pair.ratios:
         print("   no load that both were measured under")
 

@@ -11,6 +11,7 @@ from perf.load.points import Point
 
 # Open loop: a request that goes out late is timed from then, not from when it arrived. The latest may be this late.
 LAG_SECONDS, LAG_SHARE_OF_TTFT = 0.020, 0.05
+KNOWN_SHARE = 0.01  # of a run's prompt tokens that the server's prefix cache may know: prompts begin alike by chance
 BUSY = 0.9  # of one core: above it, the client's own work is what was measured
 
 
@@ -42,6 +43,18 @@ def check(result: dict[str, Any], point: Point, lengths: list[tuple[int, int]]) 
                 f"{point}: a request went out {late * 1e3:.0f} ms after its arrival ({allowed * 1e3:.0f} ms are "
                 "allowed), so waiting would be left out of the latencies; run the client on an idler machine"
             )
+
+
+def check_prefix_cache(point: Point, before: float | None, after: float | None, prompt_tokens: int) -> None:
+    """Raise `UserError` if the server knew prompts of the run; ``before``, ``after``: its count of such tokens."""
+    if before is None or after is None:
+        return
+    known = after - before
+    if known > KNOWN_SHARE * prompt_tokens:
+        raise UserError(
+            f"{point}: the server knew {known:.0f} of {prompt_tokens} prompt tokens from an earlier run (prefix cache)"
+            ": restart it or take another --seed"
+        )
 
 
 def lag(result: dict[str, Any]) -> float:

@@ -1,10 +1,11 @@
-"""Who answers: what an OpenAI endpoint says about itself, asked before any load."""
+"""Who answers: what an OpenAI endpoint says about itself. No proxy is used and no redirect takes the key elsewhere."""
 
 from __future__ import annotations
 
 import http.client
 import json
 import os
+import re
 import urllib.error
 import urllib.request
 from dataclasses import dataclass, field
@@ -16,6 +17,8 @@ from ascend.errors import UserError, suggest
 
 SECONDS = 10.0
 KEY_VARIABLES = ("VLLM_API_KEY", "OPENAI_API_KEY")
+# Prompt tokens that vLLM's prefix cache knew, a line per engine; before vLLM 0.10 with "gpu_".
+PREFIX_HITS = re.compile(r"^(vllm:(?:gpu_)?prefix_cache_hits_total)(?:\{.*\})? +([0-9.eE+]+)", re.MULTILINE)
 
 
 @dataclass(frozen=True)
@@ -63,6 +66,21 @@ def connect(base_url: str, directory: Path, served_name: str | None, api_key: st
     )
 
 
+def prefix_cache_hits(endpoint: Endpoint) -> float | None:
+    """Return the prompt tokens that the server's prefix cache has known since its start, None where it does not tell.
+
+    Read from ``/metrics``, which is not below ``/v1``.
+    """
+    try:
+        text = _fetch(f"{endpoint.base_url}/metrics", endpoint.api_key).decode(errors="replace")
+    except UserError:
+        return None
+    by_name: dict[str, float] = {}
+    for name, count in PREFIX_HITS.findall(text):
+        by_name[name] = by_name.get(name, 0.0) + float(count)
+    return max(by_name.values(), default=None)  # one count under two names in versions between
+
+
 def read_key(file: Path | None) -> str | None:
     """Return the API key from the file or the environment, None if there is none."""
     if file is None:
@@ -91,20 +109,38 @@ def _engine(base_url: str, model: dict[str, Any], api_key: str | None) -> str:
     return f"{model.get('owned_by') or 'unknown'} {version}" if version else "unknown"
 
 
+class _NoRedirect(urllib.request.HTTPRedirectHandler):
+    """A redirect becomes an error."""
+
+    def redirect_request(self, *_: Any) -> None:
+        """Do not follow."""
+
+
+_OPENER = urllib.request.build_opener(urllib.request.ProxyHandler({}), _NoRedirect())
+
+
 def _get(url: str, api_key: str | None) -> dict[str, Any]:
+    content = _fetch(url, api_key)
+    try:
+        return dict(json.loads(content))
+    except (ValueError, TypeError):
+        raise UserError(f"{url}: the answer is not JSON; is this an OpenAI endpoint?") from None
+
+
+def _fetch(url: str, api_key: str | None) -> bytes:
     request = urllib.request.Request(url, headers={"Authorization": f"Bearer {api_key}"} if api_key else {})
     try:
-        with urllib.request.urlopen(request, timeout=SECONDS) as response:
-            return dict(json.load(response))
+        with _OPENER.open(request, timeout=SECONDS) as response:
+            return bytes(response.read())
     except urllib.error.HTTPError as error:
         if error.code in (401, 403):
             raise UserError(
                 f"{url}: the server wants {'another' if api_key else 'an'} API key ({error.code}); give it in "
                 f"--api-key-file or {' or '.join(KEY_VARIABLES)}"
             ) from None
+        if 300 <= error.code < 400:
+            raise UserError(f"{url} redirects ({error.code}): give the server's own address") from None
         raise UserError(f"{url}: the server answers {error.code}; is this an OpenAI endpoint?") from None
     except (OSError, http.client.HTTPException) as error:  # refused, no such host, no answer in time, cut off
         reason = getattr(error, "reason", None) or error
         raise UserError(f"nothing answers at {url} ({reason}); is the server up, and --base-url right?") from None
-    except (ValueError, TypeError):
-        raise UserError(f"{url}: the answer is not JSON; is this an OpenAI endpoint?") from None
