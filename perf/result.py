@@ -13,7 +13,7 @@ import math
 import os
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NoReturn
 
 from ascend.errors import UserError, suggest
 
@@ -242,14 +242,18 @@ def read(file: Path) -> Result:
 def load_json(file: Path) -> Any:
     """Read any JSON file; NaN and infinity, which JSON does not have, are refused. Raises `UserError`."""
     try:
-        return json.loads(file.read_text(encoding="utf-8"), parse_constant=_no_number)
+        return json.loads(file.read_text(encoding="utf-8"), parse_constant=_no_number, parse_float=_finite_number)
     except OSError as error:
         raise UserError(f"{file}: cannot be read ({error.strerror})") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{file}: not JSON ({error})") from None
 
 
-def _no_number(text: str) -> None:
+def _finite_number(text: str) -> float:
+    return float(text) if math.isfinite(float(text)) else _no_number(text)
+
+
+def _no_number(text: str) -> NoReturn:
     raise ValueError(f"{text} is no number")
 
 

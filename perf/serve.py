@@ -123,7 +123,11 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     args.concurrency = numbers("--concurrency", args.concurrency or CONCURRENCY)
     args.rate = _rates(args.rate) if args.rate else []
     args.goodput = _service_level(args.goodput)
-    if args.repeats < 1 or (args.requests is not None and args.requests < 1) or args.scale <= 0 or args.timeout <= 0:
+    if (
+        args.repeats < 1
+        or (args.requests is not None and args.requests < 1)
+        or not (0 < args.scale < 1e6 and 0 < args.timeout < 1e9)
+    ):
         raise UserError("--repeats and --requests must be at least 1, --scale and --timeout above 0")
     out_file("--out", args.out)
     return args

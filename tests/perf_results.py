@@ -113,7 +113,13 @@ def serve(
             tpot = 1e3 * load / speed
             result = {"output_throughput": speed, "total_token_throughput": 3 * speed, "request_throughput": speed / 9}
             result |= {"median_tpot_ms": tpot, "p99_tpot_ms": 1.3 * tpot, "median_ttft_ms": 9 * tpot}
-            result |= {"p99_ttft_ms": 20 * tpot, "p99_itl_ms": 2 * tpot, "p99_e2el_ms": 150 * tpot, "completed": 99}
+            result |= {
+                "p99_ttft_ms": 20 * tpot,
+                "p99_itl_ms": 2 * tpot,
+                "p99_e2el_ms": 150 * tpot,
+                "completed": 99,
+                "failed": 0,
+            }
             kind = {"max_concurrency": None, "request_rate": float(load)} if rate else {}
             made = {"max_concurrency": load, "request_rate": None, "repeat": repeat, "watts": None} | kind
             made |= {"prompts_sha256": f"{load}-{repeat}".ljust(64, "0"), "result": result}

@@ -66,6 +66,7 @@ def test_help() -> None:
     assert result.stdout.startswith("usage: python -m ascend.emulator -- COMMAND")
 
 
+@pytest.mark.slow  # seconds; tests/npu runs the same way
 def test_a_program_sees_cards_and_ends_with_its_own_code(tmp_path: Path) -> None:
     # A sitecustomize of the user's own is run as ever: in the process that starts the program, and in the program.
     (tmp_path / "sitecustomize.py").write_text("print('mine')")

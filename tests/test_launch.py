@@ -345,6 +345,7 @@ def test_an_installation_that_fails_is_one_line_and_is_redone(tmp_path: Path) ->
     assert "broken off: starting afresh" in told[1]
 
 
+@pytest.mark.slow
 def test_a_session_is_ended_to_the_last_process() -> None:
     # The leader ignores SIGTERM, one process has lost its parent, and one hangs that is given time to end by itself.
     script = (

@@ -45,6 +45,7 @@ def processor_has(*features: str) -> bool:
     return set(features) <= set(build._processor().decode().split())
 
 
+@pytest.mark.slow  # compiles
 @pytest.mark.parametrize(
     ("tuning", "features"),
     [("-march=x86-64", ()), ("-march=haswell", ("avx2", "fma")), ("-march=skylake-avx512", ("avx512f", "avx512bw"))],

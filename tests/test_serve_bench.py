@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from ascend.errors import UserError
 from convert.demo import write_demo
 from perf import serve
 from perf.load.checks import check
@@ -100,8 +101,14 @@ def test_a_stall_shows_in_a_closed_loop_to_those_in_it(client: LoadClient) -> No
 def test_a_stall_shows_in_an_open_loop_to_all_who_come(client: LoadClient) -> None:
     # By the schedule of this seed, nobody comes and no first token is due within 0.1 s of the stall's start and end.
     point, stall, after = Point(None, 10.0, 40), 2.0, 11
-    with TimedServer(ttft=TTFT, itl=ITL, slots=100, stall=stall, stall_after=after) as server:
-        result = measure(client, server, point)
+    for attempt in range(ATTEMPTS):
+        with TimedServer(ttft=TTFT, itl=ITL, slots=100, stall=stall, stall_after=after) as server:
+            result = measure(client, server, point)
+        try:
+            check(result, point, lengths(WORK, 0, point.requests))
+            break
+        except UserError as late:  # the client could not keep its schedule
+            print(f"attempt {attempt + 1}: {late}; load average {os.getloadavg()[0]:.1f}")
     check(result, point, lengths(WORK, 0, point.requests))
     start = result["scheduled_times"][after] + 0.1
     expected = [

@@ -245,6 +245,7 @@ ORDERS = [
 ]
 
 
+@pytest.mark.slow  # starts Python afresh, many times
 @pytest.mark.parametrize("first", ORDERS)
 def test_any_order_of_imports_registers_the_architecture(first: str, demo: Path) -> None:
     command = [sys.executable, "-c", first + REGISTERED, str(demo)]

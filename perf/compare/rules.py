@@ -78,9 +78,9 @@ def _hard(a: System, b: System) -> list[Finding]:
             load = f"prompts at {point.axis} {point.load:g}"
             found.append(Finding(load, _short(other.work), _short(point.work), "not the same work"))
     found += _differ(a, b, "model", lambda run: run.model.architecture_sha256, "not the same model", unknown=True)
-    if not {point.axis for point in a.points} & {point.axis for point in b.points}:
-        axis_a, axis_b = ("/".join(sorted({point.axis for point in one.points})) for one in (a, b))
-        found.append(Finding("load", axis_a, axis_b, "no load that both were measured under"))
+    loads_a, loads_b = (dict.fromkeys(f"{point.axis} {point.load:g}" for point in one.points) for one in (a, b))
+    if not loads_a.keys() & loads_b.keys():
+        found.append(Finding("load", "/".join(loads_a), "/".join(loads_b), "no load that both were measured under"))
     return found
 
 
@@ -107,7 +107,11 @@ def _soft(a: System, b: System) -> list[Finding]:
 
 def _remarks(a: System, b: System) -> list[str]:
     """What may differ between two sites without making the comparison void, but has to be said."""
-    made = []
+    made = [
+        f"{one.label}: the device is as --cards names it, the load client did not see it"
+        for one in (a, b)
+        if one.run is not None and "device" in one.run.machine.software
+    ]
     if a.cards and b.cards and a.cards != b.cards:
         made.append(f"{a.cards} against {b.cards} cards: look at the figures per card")
     if a.run is None or b.run is None:

@@ -95,6 +95,11 @@ def read_systems(file: Path, label: str | None = None) -> list[System]:
 
 def _decode(result: Result, source: str, label: str | None) -> list[System]:
     systems = []
+    seen = [(row.engine, row.batch) for row in result.rows]
+    for number, row in enumerate(result.rows):
+        _refuse(source, number, not row.step_seconds or min(row.step_seconds) <= 0, "step_seconds must be above 0")
+        _refuse(source, number, row.batch < 1, "batch must be at least 1")
+        _refuse(source, number, seen.index((row.engine, row.batch)) < number, "this engine and batch stand there twice")
     for engine in dict.fromkeys(row.engine for row in result.rows):
         rows = [row for row in result.rows if row.engine == engine]
         points = tuple(
@@ -140,6 +145,9 @@ def _serve(result: Result, source: str, label: str | None) -> list[System]:
     for number, row in enumerate(result.rows):
         if (row.max_concurrency is None) == (row.request_rate is None):
             raise UserError(f"{source}: rows.{number}: one of max_concurrency and request_rate must be set, not both")
+        failed, completed = row.result.get("failed"), row.result.get("completed")
+        _refuse(source, number, failed != 0 or not completed, f"{failed} requests failed, {completed} were answered")
+        _refuse(source, number, (row.max_concurrency or row.request_rate or 0) <= 0, "its load must be above 0")
         axis = ("rate", row.request_rate) if row.max_concurrency is None else ("concurrency", row.max_concurrency)
         points.setdefault(axis, []).append(row)
     settings = {
@@ -176,6 +184,11 @@ def _serve(result: Result, source: str, label: str | None) -> list[System]:
             weights=run.model.weights,
         )
     ]
+
+
+def _refuse(source: str, number: int, wrong: bool, why: str) -> None:
+    if wrong:
+        raise UserError(f"{source}: rows.{number}: {why}")
 
 
 def _samples(results: list[dict[str, Any]]) -> dict[str, list[float]]:

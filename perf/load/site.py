@@ -21,6 +21,7 @@ from perf.result import Machine, Model
 
 DTYPES = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
 NAMES = (*PRECISIONS, "fp16")
+NAMED = {"device": "as --cards names it; nobody has seen it"}
 LEAST_IDS = 128  # fewer would make prompts of the shortest length alike
 
 
@@ -102,7 +103,7 @@ def _named(count: int, name: str, endpoint: Endpoint) -> Machine:
     memory = lookup(name).memory.value
     here = machine.describe(get_device("cpu"), count)
     named = replace(
-        here, device=name, device_type=kind, cards=count, memory_bytes=int(memory) if memory else None, software={}
+        here, device=name, device_type=kind, cards=count, memory_bytes=int(memory) if memory else None, software=NAMED
     )
     return named if endpoint.is_local else replace(named, host="unknown, measured from elsewhere", cores=0, system="")
 
