@@ -627,3 +627,30 @@ def test_exit_codes(files: Files) -> None:
         assert done.returncode == code, done.stderr
         assert (done.stderr == "") == (code < 2)
         assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"step_seconds": [0.1, 0.0]}, "rows.0: step_seconds must be above 0"),
+        ({"step_seconds": []}, "rows.0: step_seconds must be above 0"),
+        ({"batch": 0}, "rows.0: batch must be at least 1"),
+    ],
+)
+def test_rows_that_cannot_be_are_refused(changed: dict[str, Any], said: str, tmp_path: Path) -> None:
+    result = decode({("lean", 1): [0.1, 0.2], ("lean", 8): [0.3, 0.2]})
+    write(tmp_path / "a.json", replace(result, rows=[replace(result.rows[0], **changed), *result.rows[1:]]))
+    assert said in user_error(read_systems, tmp_path / "a.json")
+
+
+def test_a_row_that_stands_twice_is_refused(tmp_path: Path) -> None:
+    result = decode({("lean", 1): [0.1, 0.2], ("lean", 8): [0.3, 0.2]})
+    write(tmp_path / "a.json", replace(result, rows=[*result.rows, result.rows[0]]))
+    assert "stand there twice" in user_error(read_systems, tmp_path / "a.json")
+
+
+def test_a_run_with_failed_requests_is_refused(tmp_path: Path) -> None:
+    result = serve()
+    broken = replace(result.rows[0], result=result.rows[0].result | {"failed": 5})
+    write(tmp_path / "a.json", replace(result, rows=[broken, *result.rows[1:]]))
+    assert "rows.0: 5 requests failed" in user_error(read_systems, tmp_path / "a.json")
