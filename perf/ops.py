@@ -131,7 +131,7 @@ def _measure(
         try:
             wrong = _difference(case, call(copies[0], 0), case.calls["ours"](copies[0], 0), name)
         except (NotImplementedError, RuntimeError) as error:
-            if name == "ours":
+            if name != "torch":  # a library may lack it here; without the definition nothing would be checked
                 raise
             print(f"{case.op:<20} {name}: not on this device ({str(error).splitlines()[0][:80]})")
             continue

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,13 +10,13 @@ from typing import Any
 from markupsafe import Markup
 
 from ascend import __version__
-from ascend.errors import UserError
 from perf.parity.chart import bars, lines
 from perf.parity.judge import Check, Comparison, layer_checks
 from perf.parity.judge_served import ServedNumbers
 from perf.parity.report import Report, ServerInfo
 from perf.parity.side import SideInfo
 from perf.parity.terminal import explanation
+from perf.result import write_text
 
 TEMPLATE = Path(__file__).with_name("page.html.jinja")
 DIVERGED = 12  # diverged positions that are listed
@@ -33,15 +32,7 @@ class Criterion:
 
 def write_page(report: Report, file: Path) -> None:
     """Write the page, mode 0640, whole or not at all. Raises `UserError` if it cannot be written."""
-    part = file.with_name(f".{file.name}.{os.getpid()}.part")
-    try:
-        part.write_text(page(report), encoding="utf-8")
-        part.chmod(0o640)
-        part.replace(file)
-    except OSError as error:
-        raise UserError(f"{file}: cannot be written ({error.strerror})") from None
-    finally:
-        part.unlink(missing_ok=True)
+    write_text(file, page(report))
 
 
 def page(report: Report) -> str:
