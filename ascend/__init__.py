@@ -18,17 +18,19 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from ascend.config import BailingMoeV2Config
+    from ascend.eagle3 import load_eagle3
     from ascend.generation import generate
     from ascend.loader import load_model
     from ascend.model import BailingMoeV2ForCausalLM
 
 __version__ = "0.1.0"
-__all__ = ["BailingMoeV2Config", "BailingMoeV2ForCausalLM", "generate", "load_model", "register"]
+__all__ = ["BailingMoeV2Config", "BailingMoeV2ForCausalLM", "generate", "load_eagle3", "load_model", "register"]
 
 _HOMES = {
     "BailingMoeV2Config": "ascend.config",
     "BailingMoeV2ForCausalLM": "ascend.model",
     "generate": "ascend.generation",
+    "load_eagle3": "ascend.eagle3",
     "load_model": "ascend.loader",
 }
 

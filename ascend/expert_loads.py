@@ -30,8 +30,8 @@ def recording(model: BailingMoeV2ForCausalLM) -> Iterator[dict[int, Tensor]]:
     loads: dict[int, Tensor] = {}
 
     def count(layer: int) -> Any:
-        def hook(gate: Gate, arguments: Any, chosen: tuple[Tensor, Tensor]) -> None:
-            counts = record(chosen[1], model.config.num_experts)
+        def hook(gate: Gate, arguments: Any, output: tuple[Tensor, ...]) -> None:
+            counts = record(output[1], model.config.num_experts)
             loads[layer] = loads[layer] + counts if layer in loads else counts
 
         return hook

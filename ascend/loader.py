@@ -43,8 +43,9 @@ def load_model(
     """Load a checkpoint directory in eval mode; calling the model then returns logits, fp32 ``[B, T, V]``.
 
     ``dtype`` None keeps the stored one (that of the embedding table); the router is fp32 in every case. ``quantise``
-    ("w8a8", "w4a16") rounds the weights once they are there. With ``parallel`` only this rank's part is read. Raises
-    `UserError` before anything is allocated if a file or tensor is missing, extra, damaged, or of wrong shape or type.
+    ("w8a8", "w4a16", "fp8") rounds the weights once they are there. With ``parallel`` only this rank's part is read.
+    Raises `UserError` before anything is allocated if a file or tensor is missing, extra, damaged, or of wrong shape or
+    type.
     """
     model = load(path, None, device, dtype, quantise, parallel)
     model.plain_logits = True

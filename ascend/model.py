@@ -74,12 +74,18 @@ class Attention(nn.Module):
         qkv_BTC = self.query_key_value(x_BTH)
         q_norm = self.query_layernorm.weight if self.query_layernorm is not None else None
         k_norm = self.key_layernorm.weight if self.key_layernorm is not None else None
-        k, v = step.cache.buffers(self.layer, qkv_BTC)
-        shared, written_B = step.layout, step.cache.written_B
-        q = ops.rope_to_cache(qkv_BTC, q_norm, k_norm, shared.cos, shared.sin, k, v, written_B, self.eps, shared.slots)
-        k, v = step.cache.commit(self.layer, k, v)
-        out_BTND = ops.attention(q, k, v, step.start_B, step.length_B, self.scale, shared.mask, step.lengths)
+        out_BTND = self._attend(qkv_BTC, q_norm, k_norm, step)
         return self.tensor.all_reduce(self.dense(out_BTND.flatten(2)))
+
+    def _attend(self, qkv_BTC: Tensor, q_norm: Tensor | None, k_norm: Tensor | None, step: Step) -> Tensor:
+        cache, shared, eps = step.cache, step.layout, self.eps
+        k, v = cache.buffers(self.layer, qkv_BTC)
+        new = (qkv_BTC, q_norm, k_norm, shared.cos, shared.sin, k, v)
+        seen = (step.start_B, step.length_B)
+        if cache.in_place:
+            return ops.cached_attention(*new, *seen, eps, self.scale, shared.slots, shared.mask, step.lengths)
+        q = ops.rope_to_cache(*new, cache.written_B, eps, shared.slots)
+        return ops.attention(q, *cache.commit(self.layer, k, v), *seen, self.scale, shared.mask, step.lengths)
 
     def lay_out(self) -> None:
         """Bring the rows of query and key heads into the order that the device's rotary kernel takes."""
@@ -99,11 +105,18 @@ class Gate(nn.Module):
         self.top_k, self.n_group, self.topk_group = config.num_experts_per_tok, config.n_group, config.topk_group
         self.normalise, self.scaling = config.norm_topk_prob, float(config.routed_scaling_factor)
 
-    def forward(self, x_TH: Tensor) -> tuple[Tensor, Tensor]:
-        """Return ``(weight_TK, expert_TK)`` of the chosen experts; see `ops.reference.moe_gate`."""
-        return ops.moe_gate(
-            x_TH, self.weight, self.expert_bias, self.top_k, self.n_group, self.topk_group, self.normalise, self.scaling
-        )
+    def forward(
+        self, x_TH: Tensor, norm: tuple[Tensor, Tensor, float] | None = None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """Return ``(weight_TK, expert_TK, x_TH, None)`` of the chosen experts; see `ops.reference.moe_gate`.
+
+        With ``norm``, ``(residual_TH, norm_H, eps)``, what is routed is the normalised sum of ``x_TH`` and the
+        residual stream: it and the sum are the last two.
+        """
+        routing = (self.top_k, self.n_group, self.topk_group, self.normalise, self.scaling)
+        if norm is None:
+            return *ops.moe_gate(x_TH, self.weight, self.expert_bias, *routing), x_TH, None
+        return ops.add_rms_norm_gate(x_TH, *norm, self.weight, self.expert_bias, *routing)
 
 
 class MoE(nn.Module):
@@ -121,14 +134,15 @@ class MoE(nn.Module):
         self.experts = Experts(len(slots), config.hidden_size, width, slots.start, total)
         self.shared_experts = MLP(config.hidden_size, shared_width) if shared_width else None
 
-    def forward(self, x_BTH: Tensor, counts: list[int] | None = None) -> Tensor:
-        """``[B, T, H]`` → ``[B, T, H]``; ``counts`` as in `Step`."""
+    def forward(
+        self, x_BTH: Tensor, counts: list[int] | None = None, chosen: tuple[Tensor, Tensor] | None = None
+    ) -> Tensor:
+        """``[B, T, H]`` → ``[B, T, H]``; ``counts`` as in `Step`, ``chosen`` what the gate said of these tokens."""
         x_TH = x_BTH.flatten(0, -2)
-        weight_TK, expert_TK = self.gate(x_TH)
+        weight_TK, expert_TK = chosen or self.gate(x_TH)[:2]
         if self.placement is not None:
             expert_TK = self._slots_of(self.placement, expert_TK)
-        shared_TH = None if self.shared_experts is None else self.shared_experts(x_TH)
-        out_TH = self.parallel.mix(self.mixture, x_TH, weight_TK, expert_TK, self.experts, shared_TH, counts)
+        out_TH = self.parallel.mix(self.mixture, x_TH, weight_TK, expert_TK, self.experts, self.shared_experts, counts)
         return out_TH.view_as(x_BTH)
 
     def _slots_of(self, placement: Placement, expert_TK: Tensor) -> Tensor:
@@ -159,8 +173,13 @@ class DecoderLayer(nn.Module):
         else:
             x, residual = ops.add_rms_norm(x_BTH, residual_BTH, self.input_layernorm.weight, self.eps)
         x = self.attention(x, step)
-        x, residual = ops.add_rms_norm(x, residual, self.post_attention_layernorm.weight, self.eps)
-        return self.mlp(x, step.counts) if isinstance(self.mlp, MoE) else self.mlp(x), residual
+        norm_H = self.post_attention_layernorm.weight
+        if isinstance(self.mlp, MoE):
+            norm = (residual.flatten(0, -2), norm_H, self.eps)
+            weight_TK, expert_TK, x_TH, residual_TH = self.mlp.gate(x.flatten(0, -2), norm)
+            return self.mlp(x_TH.view_as(x), step.counts, (weight_TK, expert_TK)), residual_TH.view_as(x)
+        x, residual = ops.add_rms_norm(x, residual, norm_H, self.eps)
+        return self.mlp(x), residual
 
 
 class MTPLayer(DecoderLayer):
@@ -205,12 +224,13 @@ class BailingMoeV2Model(nn.Module):
 
     def lay_out(self) -> None:
         """Bring all weights into the layout of the device they are on; the loader calls it once."""
-        if layout.is_own(self.norm.weight.device) and not self.laid_out:
+        device = self.norm.weight.device
+        if device.type != "cpu" and not self.laid_out:
             for module in self.layers.modules():
                 lay_out = getattr(module, "lay_out", None)
                 if lay_out is not None:
                     lay_out()
-            self.laid_out = True
+            self.laid_out = layout.is_own(device)
 
     def step(
         self,
@@ -235,19 +255,26 @@ class BailingMoeV2Model(nn.Module):
         )
         return Step(shared, start_B, length_B, lengths, cache, counts)
 
-    def forward(self, embedding_BTH: Tensor, step: Step, taps: list[Tensor] | None = None) -> Tensor:
+    def forward(
+        self,
+        embedding_BTH: Tensor,
+        step: Step,
+        taps: list[Tensor] | None = None,
+        tapped: tuple[int, ...] | None = None,
+    ) -> Tensor:
         """Return the hidden states after the final norm, ``[B, T, H]``.
 
-        ``taps`` collects the residual stream before the first layer and after each one.
+        ``taps`` collects the residual stream before the first layer and after each one; with ``tapped``, before those
+        layers alone.
         """
         x: Tensor = embedding_BTH
         residual: Tensor | None = None
-        for layer in self.layers[: self.config.num_hidden_layers]:
-            if taps is not None:
+        for index, layer in enumerate(self.layers[: self.config.num_hidden_layers]):
+            if taps is not None and (tapped is None or index in tapped):
                 taps.append(x if residual is None else x + residual)
             x, residual = layer(x, residual, step)
         assert residual is not None, "a model has at least one layer"
-        if taps is not None:
+        if taps is not None and tapped is None:
             taps.append(x + residual)
         return ops.add_rms_norm(x, residual, self.norm.weight, self.eps)[0]
 

@@ -208,19 +208,19 @@ class Parallel:
         weight_TK: Tensor,
         expert_TK: Tensor,
         experts: Callable[..., Tensor],
-        shared_TH: Tensor | None,
+        shared: Callable[[Tensor], Tensor] | None,
         counts: list[int] | None,
     ) -> Tensor:
         """Return the routed experts' sums plus this rank's part of the shared experts', added up over the ranks."""
         if self.replicated:
-            return mixture(x_TH, weight_TK, expert_TK, experts, replicated=True, extra_TH=shared_TH)
+            return mixture(x_TH, weight_TK, expert_TK, experts, replicated=True, shared=shared)
         # The ranks of a tensor group hold the same tokens: each brings its slice of them.
         T, size = x_TH.shape[0], self.tensor.size
         n = -(-T // size)
         own = slice(self.tensor.rank * n, (self.tensor.rank + 1) * n)
         out_TH = mixture(x_TH[own], weight_TK[own], expert_TK[own], experts, False, counts)
         out_TH = self.tensor.all_gather(F.pad(out_TH, (0, 0, 0, n - out_TH.shape[0])))[:T]
-        return out_TH if shared_TH is None else out_TH + self.tensor.all_reduce(shared_TH)
+        return out_TH if shared is None else out_TH + self.tensor.all_reduce(shared(x_TH))
 
     def whole_vocabulary(self, logits: Tensor, vocab_size: int) -> Tensor:
         """Put the ranks' parts of the logits ``[…, V / ranks]`` side by side."""

@@ -1,4 +1,4 @@
-"""Quantising a loaded model in memory: W8A8 (all projections but router and head) or W4A16 (experts alone)."""
+"""Quantising a loaded model in memory: W8A8 or FP8 (all projections but router and head), or W4A16 (experts alone)."""
 
 from __future__ import annotations
 
@@ -6,8 +6,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ascend.devices import get_device
 from ascend.errors import UserError, suggest
-from ascend.weights import FORMATS, MLP
+from ascend.weights import MLP
+from ascend.weights_quantised import FORMATS, quantised
 from ops import layout
 from ops.quantise import INT4_GROUP
 
@@ -34,6 +36,8 @@ def check_on(device: torch.device, dtype: torch.dtype, to: str, config: BailingM
         for name, inputs in (("hidden_size", config.hidden_size), ("the experts' width on a rank", width)):
             if inputs % min(INT4_GROUP, inputs) or inputs % 8:
                 raise UserError(f"{name} {inputs} does not divide into groups of {INT4_GROUP} for w4a16; use w8a8")
+    if to not in get_device(str(device)).quantised_formats():
+        raise UserError(f"{device} does not compute in {to}; use w8a8")
     if layout.is_own(device):
         if dtype is torch.float32:
             raise UserError(f"{device} computes with quantised weights in bf16 or fp16 alone; give dtype='bfloat16'")
@@ -60,12 +64,11 @@ def quantise_model(model: BailingMoeV2ForCausalLM, to: str) -> None:
 def quantise_layer(layer: Any, to: str) -> None:
     """Round the weights of one `DecoderLayer` as `quantise_model` does all."""
     attention, mlp = layer.attention, layer.mlp
-    if not isinstance(mlp, MLP):
-        mlp.experts = mlp.experts.quantised(to)
-    if to != "w8a8":
-        return
-    attention.query_key_value, attention.dense = attention.query_key_value.quantised(), attention.dense.quantised()
+    attention.query_key_value, attention.dense = (
+        quantised(attention.query_key_value, to),
+        quantised(attention.dense, to),
+    )
     if isinstance(mlp, MLP):
-        layer.mlp = mlp.quantised()
-    elif mlp.shared_experts is not None:
-        mlp.shared_experts = mlp.shared_experts.quantised()
+        layer.mlp = quantised(mlp, to)
+    else:
+        mlp.experts, mlp.shared_experts = quantised(mlp.experts, to), quantised(mlp.shared_experts, to)

@@ -4,8 +4,9 @@ In: the tensors of an op, as `ops.reference` defines it. Out: the same result, m
 cached keys are read once and in order, nothing is copied, sums are kept in fp32. A token's result does not depend on
 what else is in the batch, on padding or on the number of threads, bit for bit.
 
-What the kernels do not take (other dtypes, weights that are not contiguous) runs the reference. So does everything if
-there is no C compiler, with one warning, or if ``ASCEND_CPU_KERNELS=0`` is set. Threads: ``torch.set_num_threads``.
+What the kernels do not take (other dtypes, an FP8 cache, weights that are not contiguous) runs the reference. So does
+everything if there is no C compiler, with one warning, or if ``ASCEND_CPU_KERNELS=0`` is set. Threads:
+``torch.set_num_threads``.
 """
 
 from __future__ import annotations

@@ -27,7 +27,10 @@ CHECKED = 16  # made-up tokens of a rank that MC2 is tried on
 CHECK_TOLERANCE = 2e-2  # of the largest value: both sum in fp32 and round to 16 bits, in different places
 
 # ``(x_AH, weight_AK fp32, expert_AK) -> partial_AH``: a rank's own experts; the slot of another rank adds nothing.
-Experts = Callable[[Tensor, Tensor, Tensor], Tensor]
+# Given a `Shared` as a fourth argument, they add what it gives.
+Experts = Callable[..., Tensor]
+# ``x_TH -> partial_TH``: a rank's part of the experts that every token goes through.
+Shared = Callable[[Tensor], Tensor]
 
 
 class Tokens(NamedTuple):
@@ -55,25 +58,24 @@ class Layout:
         """E: among how many ranks, or blocks of ranks, the experts are divided."""
         return self.group.size // self.width_shards
 
-    def run(self, experts: Experts, tokens: Tokens) -> Tensor:
+    def run(self, experts: Experts, tokens: Tokens, shared: Shared | None = None) -> Tensor:
         """This rank's part of the sums, ``[T, H]``; its experts are not called for no tokens."""
         if tokens.x_TH.shape[0] == 0:
             return tokens.x_TH
-        return experts(*tokens)
+        return experts(*tokens) if shared is None else experts(*tokens, shared)
 
 
 # The strategies
 
 
 def all_reduce(
-    layout: Layout, tokens: Tokens, counts: Sequence[int] | None, experts: Experts, extra_TH: Tensor | None = None
+    layout: Layout, tokens: Tokens, counts: Sequence[int] | None, experts: Experts, shared: Shared | None = None
 ) -> Tensor:
     """Every rank has all tokens and adds what its own experts give: one all-reduce and nothing else.
 
-    ``extra_TH``, a partial sum that needs an all-reduce too (a tensor-parallel shared expert), goes along for nothing.
+    ``shared``, of which each rank has a part too (a tensor-parallel shared expert), goes along for nothing.
     """
-    partial_TH = layout.run(experts, tokens)
-    return layout.group.all_reduce(partial_TH if extra_TH is None else partial_TH + extra_TH)
+    return layout.group.all_reduce(layout.run(experts, tokens, shared))
 
 
 def all_gather(layout: Layout, tokens: Tokens, counts: Sequence[int] | None, experts: Experts) -> Tensor:
@@ -158,20 +160,20 @@ class ExpertParallel:
         experts: Experts,
         replicated: bool,
         tokens_per_rank: Sequence[int] | None = None,
-        extra_TH: Tensor | None = None,
+        shared: Shared | None = None,
     ) -> Tensor:
         """Return the weighted sums over each token's experts, ``[T, H]`` in the dtype of ``x_TH``.
 
         weight_TK: fp32; expert_TK: int64, slots of the whole group (an id outside adds nothing). replicated: all ranks
         bring the same tokens, and get the same sums. Else each brings its own, maybe none, and ``tokens_per_rank`` says
         how many each has: without it the ranks ask each other, for which the host waits.
-        extra_TH: with replicated tokens, this rank's part of a sum over the ranks that is to be added.
+        shared: with replicated tokens, this rank's part of the experts that every token goes through, to be added.
         """
         tokens, group, T = Tokens(x_TH, weight_TK, expert_TK), self.layout.group, x_TH.shape[0]
-        if extra_TH is not None and not replicated:
-            raise ValueError("an extra partial sum needs replicated tokens: each rank would add it to other tokens")
+        if shared is not None and not replicated:
+            raise ValueError("shared experts need replicated tokens: each rank would add its part to other tokens")
         if group.size == 1:
-            return all_reduce(self.layout, tokens, None, experts, extra_TH)
+            return all_reduce(self.layout, tokens, None, experts, shared)
         n = -(-T // group.size)
         counts = [max(0, min(n, T - r * n)) for r in range(group.size)] if replicated else tokens_per_rank
         if counts is None and self.strategy != "all_to_all":  # which asks for more than this anyway
@@ -186,11 +188,11 @@ class ExpertParallel:
         strategy = STRATEGIES[name]
 
         if replicated and strategy.replicated:
-            return all_reduce(self.layout, tokens, None, experts, extra_TH)
+            return all_reduce(self.layout, tokens, None, experts, shared)
         if replicated:
             own = Tokens(*(part[group.rank * n : (group.rank + 1) * n] for part in tokens))
             out_TH = group.all_gather(_pad(strategy.run(self.layout, own, counts, experts), n))[:T]
-            return out_TH if extra_TH is None else out_TH + group.all_reduce(extra_TH)
+            return out_TH if shared is None else out_TH + group.all_reduce(shared(x_TH))
         if strategy.replicated:
             everyone = gather(group, tokens, counts or ())
             first = group.rank * max(counts or ())

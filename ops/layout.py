@@ -1,9 +1,10 @@
 """How a device wants tensors laid out: weights once at load, and what a forward pass shares once per step.
 
-The ops take weights "in the device's layout": as `ops.reference` defines them on CPU and CUDA, and as this file leaves
-them on an NPU. There the rows of each query and key head are reordered so that full-width rotary kernels, which every
-CANN has, do this model's partial rotation; expert weights are stored ``[E, in, out]`` in FRACTAL_NZ, the cube's own
-blocked format; and a step's flat cache slots and its mask are made once, not in each layer.
+The ops take weights "in the device's layout": as `ops.reference` defines them on CPU and CUDA (there but for int4
+words, which hold other inputs), and as this file leaves them on an NPU. There the rows of each query and key head are
+reordered so that full-width rotary kernels, which every CANN has, do this model's partial rotation; expert weights are
+stored ``[E, in, out]`` in FRACTAL_NZ, the cube's own blocked format; and a step's flat cache slots and its mask are
+made once, not in each layer.
 
 Shapes as in `ops.reference`.
 """
@@ -130,13 +131,37 @@ def _scale_of_output(scale: Tensor) -> Tensor:
 
 
 def experts_int4(packed_EOI: Tensor, scale_EOS: Tensor) -> tuple[Tensor, Tensor]:
-    """Packed int4 expert weights and their scales: on an NPU ``[E, I, O/8]`` as its own op packs, and ``[E, S, O]``."""
+    """Packed int4 expert weights and their scales: on an NPU ``[E, I, O/8]`` as its own op packs, and ``[E, S, O]``.
+
+    On CUDA the words of a group hold other inputs (`interleaved_int4`).
+    """
+    if interleaves(packed_EOI.device):
+        for expert, packed_OI in enumerate(packed_EOI):  # one by one: in between a value takes 32 bits
+            packed_EOI[expert] = interleaved_int4(packed_OI, scale_EOS.shape[-1])
+        return packed_EOI, scale_EOS
     if packed_EOI.device.type != "npu":
         return packed_EOI, scale_EOS
     value_EIO = int4_values(packed_EOI).transpose(1, 2)
     pack = _npu().npu_convert_weight_to_int4pack
     packed = torch.stack([pack(one.contiguous(), 0) for one in value_EIO])
     return packed, scale_EOS.transpose(1, 2).contiguous()
+
+
+def interleaves(device: torch.device) -> bool:
+    """Whether int4 words hold other inputs there than as they are stored."""
+    return device.type == "cuda"
+
+
+def interleaved_int4(packed: Tensor, groups: int) -> Tensor:
+    """Words ``[..., O, I/8]`` whose bits 4·s … 4·s + 3 belong to input ``s·W + j`` of the group, for word j of its W.
+
+    As stored they belong to input ``8·j + s``. So a kernel that takes one nibble of all words of a group has the
+    weights of inputs that lie beside one another.
+    """
+    W = packed.shape[-1] // groups
+    value = int4_values(packed).unflatten(-1, (groups, 8, W)) + 8
+    shift = torch.arange(0, 32, 4, dtype=torch.int32, device=packed.device)[:, None]
+    return (value << shift).sum(-2, dtype=torch.int32).flatten(-2)
 
 
 def _nz(weight: Tensor) -> Tensor:

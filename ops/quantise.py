@@ -1,13 +1,18 @@
-"""Rounding weights and activations to integers: pure functions, the one definition for every device and file format.
+"""Rounding weights and activations to few bits: pure functions, the one definition for every device and file format.
 
-Shapes: O rows (outputs), I columns (inputs), T tokens, S = I / group scales per row.
+Shapes: O rows (outputs), I columns (inputs), T tokens, S scales per row (of int4: I / group; of FP8: ⌈I / 128⌉), P rows
+of scales of an FP8 weight.
 """
 
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+FP8 = torch.float8_e4m3fn
+FP8_MAX = 448.0
+FP8_BLOCK = 128
 INT8_MAX = 127
 INT4_MAX = 7
 INT4_GROUP = 128
@@ -61,3 +66,51 @@ def dequantised_int4(packed: Tensor, scale_OS: Tensor) -> Tensor:
     value = int4_values(packed)
     grouped = value.unflatten(-1, (scale_OS.shape[-1], -1)).to(scale_OS.dtype)
     return (grouped * scale_OS.unsqueeze(-1)).flatten(-2)
+
+
+def fp8_values(x: Tensor) -> Tensor:
+    """``x`` in e4m3, to the nearest (a tie to the even one); what is beyond ±448 becomes ±448, NaN stays NaN.
+
+    The clamp is needed: whether torch's own cast saturates or makes NaN of it depends on its version and device.
+    """
+    return x.clamp(-FP8_MAX, FP8_MAX).to(FP8)
+
+
+def fp8_weight(weight_OI: Tensor, matrices: int = 1) -> tuple[Tensor, Tensor]:
+    """FP8 in blocks of 128 × 128: ``(weight e4m3 [..., O, I], scale fp32 [..., P, S])``, ``weight ≈ value · scale``.
+
+    The scale is the block's largest magnitude / 448, the `weight_scale_inv` of DeepSeek's and this family's
+    checkpoints; the last blocks may be partial. ``matrices`` is how many of equal height stand in the rows (2 in a
+    fused gate_up): each has blocks of its own, and P is ``matrices · ⌈O / matrices / 128⌉``.
+    """
+    parts = weight_OI.float().unflatten(-2, (matrices, -1))
+    rows, columns = parts.shape[-2:]
+    padded = F.pad(parts.abs(), (0, -columns % FP8_BLOCK, 0, -rows % FP8_BLOCK))
+    blocks = padded.unflatten(-1, (-1, FP8_BLOCK)).unflatten(-3, (-1, FP8_BLOCK))
+    scale_PS = (blocks.amax((-3, -1)) / FP8_MAX).flatten(-3, -2)
+    spread = fp8_scales(scale_PS, weight_OI.shape, matrices).clamp(min=torch.finfo(torch.float32).tiny)
+    return fp8_values(weight_OI.float() / spread), scale_PS
+
+
+def fp8_scales(scale_PS: Tensor, shape: tuple[int, ...], matrices: int = 1) -> Tensor:
+    """The scale of each element of a weight of this shape ``[..., O, I]``, from those of its blocks."""
+    rows, columns = shape[-2:]
+    by_row = scale_PS.unflatten(-2, (matrices, -1)).repeat_interleave(FP8_BLOCK, -2)[..., : rows // matrices, :]
+    return by_row.flatten(-3, -2).repeat_interleave(FP8_BLOCK, -1)[..., :columns]
+
+
+def dequantised_fp8(weight_OI: Tensor, scale_PS: Tensor, matrices: int = 1) -> Tensor:
+    """The weight that `fp8_weight` stands for, in fp32."""
+    return weight_OI.float() * fp8_scales(scale_PS, weight_OI.shape, matrices)
+
+
+def fp8_tokens(x_TI: Tensor) -> tuple[Tensor, Tensor]:
+    """FP8 per token and 128 inputs: ``(x e4m3 [T, I], scale fp32 [T, S])``, the scale the largest magnitude / 448.
+
+    The last inputs of a token may be fewer. Where all are 0 the scale is 0.
+    """
+    x_fp32 = x_TI.float()
+    padded = F.pad(x_fp32, (0, -x_fp32.shape[-1] % FP8_BLOCK))
+    scale_TS = padded.unflatten(-1, (-1, FP8_BLOCK)).abs().amax(-1) / FP8_MAX
+    spread = scale_TS.clamp(min=torch.finfo(torch.float32).tiny).repeat_interleave(FP8_BLOCK, -1)
+    return fp8_values(x_fp32 / spread[..., : x_fp32.shape[-1]]), scale_TS

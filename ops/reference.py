@@ -16,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ops.quantise import FP8, fp8_values
+
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """``x / sqrt(mean(x²) + eps) · weight`` over the last dimension, the mean and the root in fp32; dtype of ``x``."""
@@ -193,8 +195,9 @@ def rope_to_cache(
 
     Queries and keys get an RMSNorm per head (where its weight is given), then rotary embedding in the half style on
     their first ``2·R`` dimensions, in fp32. Keys and values of row ``b`` go to the slots ``length_B[b] - T …
-    length_B[b] - 1`` of the caches, in place. ``slots`` says the same for devices that want it said so (`ops.layout`).
-    Returns the queries ``[B, T, N, D]``.
+    length_B[b] - 1`` of the caches, in place; an FP8 cache takes what is nearest to them, within ±448 and without a
+    scale. ``slots`` says the same for devices that want it said so (`ops.layout`). Returns the queries
+    ``[B, T, N, D]``.
     """
     B, T, C = qkv_BTC.shape
     G, D = k_BGSD.shape[1], k_BGSD.shape[3]
@@ -203,8 +206,8 @@ def rope_to_cache(
         q, k = rms_norm(q, q_norm_D, eps), rms_norm(k, k_norm_D, eps)
     slot_BT = length_B[:, None] - T + torch.arange(T, device=qkv_BTC.device)
     row_B1 = torch.arange(B, device=qkv_BTC.device)[:, None]
-    k_BGSD.transpose(1, 2)[row_B1, slot_BT] = _rotate(k, cos_BTR, sin_BTR)
-    v_BGSD.transpose(1, 2)[row_B1, slot_BT] = v
+    k_BGSD.transpose(1, 2)[row_B1, slot_BT] = _stored(_rotate(k, cos_BTR, sin_BTR), k_BGSD.dtype)
+    v_BGSD.transpose(1, 2)[row_B1, slot_BT] = _stored(v, v_BGSD.dtype)
     return _rotate(q, cos_BTR, sin_BTR)
 
 
@@ -215,6 +218,10 @@ def _rotate(x: Tensor, cos_BTR: Tensor, sin_BTR: Tensor) -> Tensor:
     first, second = first.float(), second.float()
     rotated = torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
     return torch.cat([rotated.to(x.dtype), rest], dim=-1)
+
+
+def _stored(x: Tensor, dtype: torch.dtype) -> Tensor:
+    return fp8_values(x) if dtype is FP8 else x
 
 
 def rope_to_cache_meta(

@@ -42,7 +42,7 @@ from perf.worker import RATES, Worker
 READY, FEW = 2, 8  # tokens: a prefill and one step
 STEADY = 1.15  # largest over smallest read rate, up to which no more is said
 EXIT_INTERRUPTED = 130
-FORMATS = ("w8a8", "w4a16")  # `ascend.quantisation` knows them, and takes torch to import
+FORMATS = ("w8a8", "w4a16", "fp8")  # `ascend.quantisation` knows them, and takes torch to import
 SHORT = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
 EMULATED = "npu-emulated"
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 import ops
 from ascend.model_shape import ModelShape
 from ascend.weights import MLP, Experts, Weight
+from ascend.weights_quantised import quantised
 from ops import layout, reference, reference_quantised
 from ops.quantise import INT4_GROUP
 
@@ -219,7 +220,7 @@ def _maker(place: Place, build: Callable[[], Any], quantise: str | None) -> Call
             empty = build()
         module = place.filled(empty)
         if quantise is not None:
-            module = module.quantised(quantise) if isinstance(module, Experts) else module.quantised()
+            module = quantised(module, quantise)
         if layout.is_own(place.device) and hasattr(module, "lay_out"):
             module.lay_out()
         return module

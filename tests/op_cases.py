@@ -72,8 +72,21 @@ def op_cases(dtype: torch.dtype) -> dict[str, tuple[Any, ...]]:
     router, angle = make(8, FP32)(8, 32), make(9, FP32)(2, 2, 4)
     weight, chosen = reference.moe_gate(new(5, 32), router, None, 3, 4, 2, True, 2.5)
     gate_up, down = new(8, 2 * 8, 32, scale=0.2), new(8, 32, 8)
-    int8, int4 = quantise.int8_weight, partial(quantise.int4_weight, group=8)
+    int8, int4, fp8 = quantise.int8_weight, partial(quantise.int4_weight, group=8), quantise.fp8_weight
+    fp8_pair = partial(quantise.fp8_weight, matrices=2)
+    routed, shared = (new(5, 32), weight, chosen), (gate_up[0], down[0])
+    routing = (router, router[:, 0].contiguous(), 3, 4, 2, True, 2.5)
+    qkv = (new(2, 2, 10 * 16), new(16), new(16), angle.cos(), angle.sin(), k, v)
     return {
+        "linear_fp8": (new(5, 160), *fp8(new(150, 160)), new(150)),
+        "swiglu_mlp_fp8": (new(5, 32), *fp8_pair(gate_up[0]), *fp8(down[0])),
+        "moe_experts_fp8": (*routed, *fp8_pair(gate_up), *fp8(down)),
+        "add_rms_norm_gate": (new(5, 32), new(5, 32), new(32), 1e-6, *routing),
+        "cached_attention": (*qkv, start, length, 1e-6, scale),
+        "moe": (*routed, gate_up, down, *shared),
+        "moe_w8a8": (*routed, *int8(gate_up), *int8(down), *int8(shared[0]), *int8(shared[1])),
+        "moe_w4a16": (*routed, *int4(gate_up), *int4(down), *shared),
+        "moe_fp8": (*routed, *fp8_pair(gate_up), *fp8(down), *fp8_pair(shared[0]), *fp8(shared[1])),
         "linear_w8a8": (new(5, 32), *int8(new(7, 32)), new(7)),
         "swiglu_mlp_w8a8": (new(5, 32), *int8(gate_up[0]), *int8(down[0])),
         "moe_experts_w8a8": (new(5, 32), weight, chosen, *int8(gate_up), *int8(down)),
@@ -82,10 +95,10 @@ def op_cases(dtype: torch.dtype) -> dict[str, tuple[Any, ...]]:
         "add_rms_norm": (new(5, 32), new(5, 32), new(32), 1e-6),
         "linear": (new(5, 32), new(7, 32), new(7)),
         "swiglu_mlp": (new(5, 32), new(2 * 6, 32, scale=0.2), new(32, 6)),
-        "moe_gate": (new(5, 32), router, router[:, 0].contiguous(), 3, 4, 2, True, 2.5),
+        "moe_gate": (new(5, 32), *routing),
         "expert_rows": (new(5, 32), torch.tensor([2, 0, 3, 0, 0, 0, 0, 0]), gate_up, down),
         "moe_experts": (new(5, 32), weight, chosen, new(8, 2 * 6, 32, scale=0.2), new(8, 32, 6)),
-        "rope_to_cache": (new(2, 2, 10 * 16), new(16), new(16), angle.cos(), angle.sin(), k, v, length, 1e-6),
+        "rope_to_cache": (*qkv, length, 1e-6),
         "attention": (q, k, v, start, length, scale),
     }
 

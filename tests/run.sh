@@ -3,6 +3,7 @@
 #   tests/run.sh                all tests (the same as `tests/run.sh all`), ruff and mypy
 #   tests/run.sh quick          ruff, mypy and the tests that start no engine
 #   tests/run.sh npu ARGUMENT…  only the tests on emulated Ascend cards
+#   tests/run.sh triton ARGUMENT…  only those of the Triton kernels, on Triton's interpreter
 #   tests/run.sh ARGUMENT…      only pytest, with these arguments
 
 # shellcheck source=serve/env.sh
@@ -11,6 +12,8 @@ use_environment serve test
 cd -- "$ROOT"
 
 on_npu() { "$ENV_PYTHON" -m ascend.emulator -- "$ENV_PYTHON" -m pytest tests/npu "$@"; }
+
+on_interpreter() { TRITON_INTERPRET=1 "$ENV_PYTHON" -m pytest tests/triton "$@"; }
 
 case ${1:-all} in
 all | quick)
@@ -22,13 +25,16 @@ all | quick)
   select=()
   [[ ${1:-all} == quick ]] && select=(-m "not slow")
   status=0
-  # On emulated cards in a process of their own: torch_npu changes torch for all that run beside it.
+  # In processes of their own: torch_npu changes torch for all that run beside it, and Triton decides once per process
+  # whether it interprets.
   on_npu "${select[@]}" || failed+=("tests/npu")
-  "$ENV_PYTHON" -m pytest --ignore tests/npu "${select[@]}" || status=$?
+  on_interpreter "${select[@]}" || failed+=("tests/triton")
+  "$ENV_PYTHON" -m pytest --ignore tests/npu --ignore tests/triton "${select[@]}" || status=$?
   # pytest's line stays the last one of a good run; a bad one says all that is bad.
   [[ ${#failed[@]} -eq 0 ]] || { printf 'failed: %s\n' "${failed[@]}" >&2 && exit $((status ? status : 1)); }
   exit "$status"
   ;;
 npu) on_npu "${@:2}" ;;
+triton) on_interpreter "${@:2}" ;;
 *) exec "$ENV_PYTHON" -m pytest "$@" ;;
 esac

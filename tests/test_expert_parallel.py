@@ -41,11 +41,11 @@ class Case:
     top_k: int
     used: int  # how many of the slots are chosen at all
     width_shards: int = 1
-    extra: bool = False
+    shared: bool = False
     outside: bool = False  # some ids are below or above those of the slots
 
     def tensors(self) -> tuple[list[Tensor], list[Tensor], list[Tensor], Tensor, Tensor, list[Tensor]]:
-        """By rank: x, weight, expert ids; the weights of all slots; by rank: the extra partial sums."""
+        """By rank: x, weight, expert ids; the weights of all slots; by rank: what its shared experts give."""
         ranks = len(self.counts)
         counts = [self.counts[0]] if self.replicated else self.counts
         new = torch.Generator().manual_seed(self.seed)
@@ -65,8 +65,8 @@ class Case:
             ids[where < 0.2] = -1
             ids[where > 0.8] = slots
         times = ranks if self.replicated else 1
-        extra = [normal(counts[0], H) for _ in range(ranks)]
-        return x * times, weight * times, expert * times, gate_up, down, extra
+        shared = [normal(counts[0], H) for _ in range(ranks)]
+        return x * times, weight * times, expert * times, gate_up, down, shared
 
 
 def _experts_of(group: Group, case: Case, gate_up: Tensor, down: Tensor) -> Any:
@@ -76,16 +76,21 @@ def _experts_of(group: Group, case: Case, gate_up: Tensor, down: Tensor) -> Any:
     part = slice(shard * I // case.width_shards, (shard + 1) * I // case.width_shards)
     gate, up = gate_up[mine].chunk(2, dim=1)
     held = torch.cat([gate[:, part], up[:, part]], 1), down[mine][:, :, part]
-    return lambda x, weight, expert: reference.moe_experts(x, weight, expert, *held, block * case.slots)
+
+    def experts(x: Tensor, weight: Tensor, expert: Tensor, shared: Any = None) -> Tensor:
+        routed = reference.moe_experts(x, weight, expert, *held, block * case.slots)
+        return routed if shared is None else routed + shared(x)
+
+    return experts
 
 
 def _error(group: Group, case: Case) -> float:
     """The largest difference to one process with all experts, in parts of the largest value."""
-    x, weight, expert, gate_up, down, extra = case.tensors()
+    x, weight, expert, gate_up, down, shared = case.tensors()
     r = group.rank
     expected = reference.moe_experts(x[r].float(), weight[r], expert[r], gate_up.float(), down.float())
-    if case.extra:
-        expected = expected + sum(part.float() for part in extra)
+    if case.shared:
+        expected = expected + sum(part.float() for part in shared)
     parallel = ExpertParallel(group, case.slots, case.width_shards, case.strategy)
     out = parallel(
         x[r],
@@ -94,7 +99,7 @@ def _error(group: Group, case: Case) -> float:
         _experts_of(group, case, gate_up, down),
         case.replicated,
         case.counts if case.told else None,
-        extra[r] if case.extra else None,
+        (lambda _: shared[r]) if case.shared else None,
     )
     assert out.shape == x[r].shape
     assert out.dtype == case.dtype
@@ -121,7 +126,7 @@ def cases(draw: st.DrawFn, ranks: int, width_shards: int = 1) -> Case:
         top_k=top_k,
         used=draw(st.integers(top_k, total)),
         width_shards=width_shards,
-        extra=replicated and draw(st.booleans()),
+        shared=replicated and draw(st.booleans()),
         outside=draw(st.booleans()),
     )
 
@@ -315,8 +320,8 @@ def test_wrong_arguments_are_refused() -> None:
     parallel = ExpertParallel(MetaGroup(), 2)
     with pytest.raises(ValueError, match=r"rank 1 has 2 tokens, tokens_per_rank says \[2, 3, 2, 2\]"):
         parallel(x, weight, expert, ops.moe_experts, False, [2, 3, 2, 2])
-    with pytest.raises(ValueError, match="needs replicated tokens"):
-        parallel(x, weight, expert, ops.moe_experts, False, [2] * 4, x)
+    with pytest.raises(ValueError, match="need replicated tokens"):
+        parallel(x, weight, expert, ops.moe_experts, False, [2] * 4, lambda x: x)
 
 
 # The policy

@@ -16,8 +16,8 @@ from torch import Tensor
 
 import ascend
 from ascend import BailingMoeV2ForCausalLM
-from ascend.generation import Decoder
-from ascend.sampling import Sampling
+from ascend.generation import Decoder, bucket
+from ascend.sampling import Sampling, new_state
 from tests.tiny import checkpoint, user_error
 
 TOLERANCE = 5e-5  # on fp32 logits of standard deviation 4
@@ -174,7 +174,7 @@ def test_draws_follow_the_distribution(temperature: float, top_k: int, top_p: fl
     sampling = Sampling(temperature, top_k, top_p, seed=5)
     draws = 100_000
     logits_BV = torch.tensor(LOGITS).expand(draws, -1)
-    counts = sampling.pick(logits_BV, sampling.generator(torch.device("cpu"))).bincount(minlength=len(LOGITS)).tolist()
+    counts = sampling.pick(logits_BV, new_state(5, torch.device("cpu"))).bincount(minlength=len(LOGITS)).tolist()
     expected = analytic(temperature, top_k, top_p)
     assert [count > 0 for count in counts] == [p > 0 for p in expected]
     chi_square = sum((count - draws * p) ** 2 / (draws * p) for count, p in zip(counts, expected, strict=True) if p)
@@ -263,3 +263,56 @@ def test_a_batch_that_begins_again_gives_what_a_new_one_gives(
         assert continued(decoder, count) == expected
         assert decoder.cache.written_B.tolist() == [6 + count - 1] * 2
     assert decoder.cache.keys[0].data_ptr() == keys, "the cache stays where a graph reads it"
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("how", [{}, {"temperature": 1.3, "seed": 4}, {"temperature": 1.3, "top_k": 9, "top_p": 0.9}])
+def test_steps_that_choose_their_own_tokens_give_what_generate_gives(
+    how: dict[str, Any], model: BailingMoeV2ForCausalLM
+) -> None:
+    """Captured or not; a batch that is filled up to a bucket draws for its rows as one that is not."""
+    how = how | ({"seed": 4} if how else {})
+    expected = ascend.generate(model, tokens(3, 6), 9, **how)
+    for capture in (False, True):
+        assert torch.equal(ascend.generate(model, tokens(3, 6), 9, capture=capture, **how), expected)
+        decoder = Decoder(model, tokens(3, 6), None, 9, capture, sampling=Sampling(**how))
+        assert len(decoder.token_B) == (4 if capture else 3)
+        assert decoder.prefill().shape == (3, 300)
+        decoder.run(3)
+        decoder.run(5)
+        assert torch.equal(decoder.answer.tokens(9)[:3], expected[:, 6:])
+        assert torch.equal(decoder.answer.token_BN[-1], decoder.answer.token_BN[2])
+        assert decoder.cache.written_B.tolist() == [14] * len(decoder.token_B)
+
+
+def test_a_batch_has_the_rows_of_its_bucket() -> None:
+    sizes = {1: 1, 2: 2, 3: 4, 5: 8, 8: 8, 9: 16, 33: 64, 65: 128, 128: 128, 129: 256, 300: 384}
+    assert {size: bucket(size) for size in sizes} == sizes
+
+
+@torch.inference_mode()
+def test_a_captured_decoder_takes_fewer_rows_and_other_lengths(model: BailingMoeV2ForCausalLM) -> None:
+    decoder = Decoder(model, tokens(3, 8), None, 7, capture=True)
+    for rows, length, padding in ((4, 8, 0), (2, 5, 3), (1, 1, 0)):
+        ids, mask = tokens(rows, length, rows), torch.ones(rows, length, dtype=torch.int64)
+        mask[-1, :padding] = 0
+        decoder.restart(ids, mask)
+        expected = ascend.generate(model, ids, 7, attention_mask=mask)[:, length:]
+        assert torch.equal(decoder.generate(), expected)
+        decoder.restart(ids, mask)
+        assert continued(decoder, 7) == expected.tolist()
+    for shape in ((5, 8), (2, 9)):
+        said = f"prompts of shape {list(shape)} do not fit a decoder made for [4, 8]"
+        assert user_error(decoder.restart, tokens(*shape)) == said
+
+
+@torch.inference_mode()
+def test_a_key_value_cache_in_fp8_changes_the_logits_a_little(model: BailingMoeV2ForCausalLM) -> None:
+    whole, small = Decoder(model, tokens(2, 20), None, 4), Decoder(model, tokens(2, 20), None, 4, kv_dtype="fp8")
+    assert small.cache.keys[0].dtype is torch.float8_e4m3fn
+    expected, logits = whole.prefill(), small.prefill()
+    # Values of 4 significant bits, and a token that turns to another expert here and there.
+    assert 0.001 < (logits - expected).norm() / expected.norm() < 0.4
+    rounded = ascend.generate(model, tokens(2, 5), 9, kv_dtype="fp8")
+    assert not torch.equal(rounded, ascend.generate(model, tokens(2, 5), 9))
+    assert torch.equal(rounded, ascend.generate(model, tokens(2, 5), 9, kv_dtype="fp8", drafts=3, capture=True))

@@ -8,10 +8,13 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import ascend
+from ascend.cache import StaticCache
+from ascend.generation import Decoder
 from convert.demo import write_demo
-from tests import glm4_moe
+from tests import glm4_moe, tiny
 
 TOLERANCE = 2e-4  # on fp32 logits; what is seen is printed by a failing test, usually some 1e-6
 YARN = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}
@@ -121,3 +124,55 @@ def test_bf16_stays_as_near_to_fp32_as_the_independent_implementation_does(tmp_p
 
 def kl(exact: Tensor, other: Tensor) -> Tensor:
     return (exact.exp() * (exact - other)).sum(-1)
+
+
+class Calls(TorchDispatchMode):
+    """The names of our ops that are called, in order."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == "ascend":
+            self.names.append(func.name().removeprefix("ascend::"))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(
+    ("quantise", "form", "experts"),
+    [(None, "", ""), ("w8a8", "_w8a8", "_w8a8"), ("w4a16", "", "_w4a16"), ("fp8", "_fp8", "_fp8")],
+)
+@torch.inference_mode()
+def test_a_layer_is_six_ops(quantise: str | None, form: str, experts: str, tmp_path: Path) -> None:
+    path = tiny.checkpoint(tmp_path, moe_intermediate_size=32, hidden_size=128)
+    model = ascend.load_model(path, quantise=quantise)
+    ids = torch.randint(0, tiny.SHAPE["vocab_size"], (2, 9), generator=torch.Generator().manual_seed(0))
+    decoder = Decoder(model, ids, None, 2)
+    decoder.prefill()
+    with Calls() as seen:
+        decoder.step(ids[:, 0])
+    attention = [f"linear{form}", "cached_attention", f"linear{form}"]
+    dense = ["rms_norm", *attention, "add_rms_norm", f"swiglu_mlp{form}"]
+    sparse = ["add_rms_norm", *attention, "add_rms_norm_gate", f"moe{experts}"]
+    assert seen.names == [*dense, *sparse * (model.config.num_hidden_layers - 1), "add_rms_norm", "linear"]
+
+
+@torch.inference_mode()
+def test_a_cache_that_is_in_place_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = ascend.load_model(tiny.checkpoint(tmp_path, dtype="bf16"))
+    ids = torch.randint(0, tiny.SHAPE["vocab_size"], (2, 9), generator=torch.Generator().manual_seed(0))
+    mask = torch.ones_like(ids)
+    mask[1, :4] = 0
+
+    def logits() -> tuple[Tensor, list[str]]:
+        with Calls() as seen:
+            decoder = Decoder(model, ids, mask, 2)
+            return torch.stack([decoder.prefill(), decoder.step(ids[:, 0]), decoder.step(ids[:, 1])]), seen.names
+
+    at_once, names = logits()
+    monkeypatch.setattr(StaticCache, "in_place", False)
+    apart, others = logits()
+    assert "cached_attention" in names
+    assert "cached_attention" not in others
+    assert torch.equal(at_once, apart)

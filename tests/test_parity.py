@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import ascend
+import ops
 from ascend.generation import Decoder
 from ascend.model import BailingMoeV2ForCausalLM
 from ops import cpu, reference
@@ -154,10 +155,22 @@ def permute_experts(model: BailingMoeV2ForCausalLM) -> None:
     experts.down.data = experts.down.data.roll(1, 0)
 
 
+def reroute(gate: Any, choose: Callable[[Tensor], tuple[Tensor, Tensor]]) -> None:
+    """Have ``choose`` give the router's weights and experts; the norm before it, where it is asked for, stays."""
+
+    def forward(x_TH: Tensor, norm: Any = None) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        residual_TH = None
+        if norm is not None:
+            x_TH, residual_TH = ops.add_rms_norm(x_TH, *norm)
+        return *choose(x_TH), x_TH, residual_TH
+
+    gate.forward = forward
+
+
 def forget_the_bias(model: BailingMoeV2ForCausalLM) -> None:
     gate: Any = model.model.layers[1].mlp.gate
     options = (gate.top_k, gate.n_group, gate.topk_group, gate.normalise, gate.scaling)
-    gate.forward = lambda x_TH: reference.moe_gate(x_TH, gate.weight, None, *options)
+    reroute(gate, lambda x_TH: reference.moe_gate(x_TH, gate.weight, None, *options))
 
 
 def ignore_padding(model: BailingMoeV2ForCausalLM) -> None:
@@ -168,8 +181,8 @@ def ignore_padding(model: BailingMoeV2ForCausalLM) -> None:
 def skip_a_layer_in_the_chain(model: BailingMoeV2ForCausalLM) -> None:
     forward = model.model.forward
 
-    def changed(embedding: Tensor, step: Any, taps: list[Tensor] | None = None) -> Tensor:
-        return forward(embedding, step, taps) * 1.5
+    def changed(*arguments: Any) -> Tensor:
+        return forward(*arguments) * 1.5
 
     model.model.forward = changed  # type: ignore[method-assign]
 

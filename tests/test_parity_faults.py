@@ -24,7 +24,7 @@ from perf.parity.limits import LIMITS
 from perf.parity.numbers import compare
 from perf.parity.prompts import Batch, random_batches
 from perf.parity.trace import trace
-from tests.test_parity import SHAPE
+from tests.test_parity import SHAPE, reroute
 from tests.tiny import checkpoint
 
 Fault = Callable[[Any, BailingMoeV2ForCausalLM], None]
@@ -40,7 +40,7 @@ def route(layer: Any, **changed: Any) -> None:
     gate = layer.mlp.gate
     given = {"n_group": gate.n_group, "topk_group": gate.topk_group, "bias_E": gate.expert_bias} | changed
     given |= {"top_k": gate.top_k, "normalise": gate.normalise, "scaling": gate.scaling}
-    gate.forward = lambda x_TH: reference.moe_gate(x_TH, gate.weight, **given)
+    reroute(gate, lambda x_TH: reference.moe_gate(x_TH, gate.weight, **given))
 
 
 def scale_2_4(layer: Any, model: BailingMoeV2ForCausalLM) -> None:
@@ -55,12 +55,12 @@ def bias_in_the_weights(layer: Any, model: BailingMoeV2ForCausalLM) -> None:
     gate, chosen = layer.mlp.gate, layer.mlp.gate.forward
 
     def changed(x_TH: Tensor) -> tuple[Tensor, Tensor]:
-        _, expert_TK = chosen(x_TH)
+        expert_TK = chosen(x_TH)[1]
         biased_TE = torch.sigmoid(x_TH.float() @ gate.weight.T) + gate.expert_bias
         weight_TK = biased_TE.gather(-1, expert_TK.long())
         return weight_TK / weight_TK.sum(-1, keepdim=True) * gate.scaling, expert_TK
 
-    gate.forward = changed
+    reroute(gate, changed)
 
 
 def router_in_bf16(layer: Any, model: BailingMoeV2ForCausalLM) -> None:
@@ -71,7 +71,7 @@ def router_in_bf16(layer: Any, model: BailingMoeV2ForCausalLM) -> None:
         logit_TE = (x_TH.bfloat16() @ gate.weight.T.bfloat16()).float()
         return reference.moe_gate(logit_TE, torch.eye(logit_TE.shape[-1]), *options)
 
-    gate.forward = changed
+    reroute(gate, changed)
 
 
 def no_shared_expert(layer: Any, model: BailingMoeV2ForCausalLM) -> None:

@@ -1,8 +1,12 @@
-"""Rounding to integers (`ops.quantise`), the ops on quantised weights, and a quantised model, on the CPU."""
+"""Rounding to few bits (`ops.quantise`), the ops on quantised weights, and a quantised model, on the CPU.
+
+FP8 and the key/value cache in FP8: `tests/test_fp8.py`.
+"""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -10,11 +14,14 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import ascend
 import ops
 from ascend.parallel import Parallel
 from ascend.quantisation import check_on, quantise_model
+from ascend.weights import Experts
+from ascend.weights_quantised import FORMATS, quantised
 from ops import quantise, reference
 from tests import tiny
 from tests.op_cases import BF16, FP32, make
@@ -134,7 +141,7 @@ def test_w4a16_experts_are_experts_with_the_restored_weights(seed: int, dtype: t
     assert torch.equal(out, reference.moe_experts(x, weight, chosen, *restored))
 
 
-@pytest.mark.parametrize(("to", "least"), [("w8a8", 0.99), ("w4a16", 0.8)])
+@pytest.mark.parametrize(("to", "least"), [("w8a8", 0.99), ("w4a16", 0.8), ("fp8", 0.95)])
 def test_a_quantised_model_is_near_the_whole_one(to: str, least: float, tmp_path: Path) -> None:
     path = tiny.checkpoint(tmp_path, moe_intermediate_size=32)
     ids = torch.randint(0, tiny.SHAPE["vocab_size"], (2, 24), generator=torch.Generator().manual_seed(1))
@@ -147,7 +154,7 @@ def test_a_quantised_model_is_near_the_whole_one(to: str, least: float, tmp_path
     assert near > least
     assert not torch.equal(whole, logits)
     assert {p.dtype for n, p in model.named_parameters() if ".mlp.experts." in n and "scale" not in n} == {
-        torch.int8 if to == "w8a8" else torch.int32
+        {"w8a8": torch.int8, "w4a16": torch.int32, "fp8": quantise.FP8}[to]
     }
 
 
@@ -161,6 +168,35 @@ def test_a_quantised_model_is_near_the_whole_one(to: str, least: float, tmp_path
 def test_widths_that_have_no_groups_are_refused_before_anything_is_loaded(shape: dict[str, int], words: str) -> None:
     config = ascend.BailingMoeV2Config(**tiny.SHAPE | shape)
     assert words in tiny.user_error(check_on, torch.device("cpu"), FP32, "w4a16", config, Parallel())
+
+
+@pytest.mark.parametrize("to", list(FORMATS))
+def test_experts_are_rounded_one_by_one(to: str) -> None:
+    """As all at once, and with no more beside the old and the new weights than one expert of 16 needs."""
+    experts = Experts(16, 256, 128, 0, 16).requires_grad_(False)
+    for parameter in experts.parameters():
+        parameter.normal_()
+    largest, stacks = 0, {one.untyped_storage().data_ptr() for one in experts.parameters()}
+
+    class Watched(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            nonlocal largest
+            out = func(*args, **(kwargs or {}))
+            if isinstance(out, Tensor):
+                storage = out.untyped_storage()
+                if func is torch.ops.aten.new_empty.default:
+                    stacks.add(storage.data_ptr())  # of what is rounded
+                if storage.data_ptr() not in stacks:
+                    largest = max(largest, storage.nbytes())
+            return out
+
+    with Watched():
+        rounded = quantised(experts, to)
+    all_at_once = {"w8a8": quantise.int8_weight, "w4a16": quantise.int4_weight, "fp8": quantise.fp8_weight}[to]
+    value, scale = all_at_once(experts.gate_up.data, **({"matrices": 2} if to == "fp8" else {}))
+    assert torch.equal(rounded.gate_up.float(), value.float())
+    assert torch.equal(rounded.gate_up_scale, scale)
+    assert 0 < largest <= experts.gate_up[0].nbytes, "of one expert, in fp32 or int32"
 
 
 def test_what_cannot_be_quantised_says_so(tmp_path: Path) -> None:

@@ -49,7 +49,7 @@ def config_of(path: Path) -> BailingMoeV2Config:
 @pytest.mark.parametrize(
     ("variant", "quantise", "dtype"),
     [
-        *(("as the family has it", quantise, torch.bfloat16) for quantise in (None, "w8a8", "w4a16")),
+        *(("as the family has it", quantise, torch.bfloat16) for quantise in (None, "w8a8", "w4a16", "fp8")),
         *(pytest.param(variant, "w8a8", torch.float32, marks=pytest.mark.slow) for variant in VARIANTS),
     ],
 )
@@ -96,7 +96,7 @@ def test_routing_is_about_uniform(tmp_path: Path) -> None:
         assert 0.4 < share.min() <= share.max() < 2
 
 
-@pytest.mark.parametrize("quantise", ["w8a8", "w4a16"])
+@pytest.mark.parametrize("quantise", ["w8a8", "w4a16", "fp8"])
 def test_a_layer_is_quantised_before_the_next_is_made(
     quantise: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -114,7 +114,9 @@ def test_a_layer_is_quantised_before_the_next_is_made(
             if all(parameter.is_meta for parameter in parameters):
                 states.append("meta")
             else:
-                rounded = any(parameter.dtype in (torch.int8, torch.uint8, torch.int32) for parameter in parameters)
+                rounded = any(
+                    parameter.dtype in (torch.int8, torch.int32, torch.float8_e4m3fn) for parameter in parameters
+                )
                 states.append("rounded" if rounded else "plain")
         seen.append(states)
 

@@ -184,15 +184,15 @@ def _forced(model: BailingMoeV2ForCausalLM) -> Iterator[Callable[[Tensor, Tensor
         now["experts"], now["real"] = full.to(model.device), real_BT.flatten().to(model.device)
 
     def hook_of(index: int) -> Any:
-        def hook(gate: Gate, inputs: tuple[Tensor, ...], output: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-            (weight_TK, own_TK), given_TK = output, now["experts"][:, index]
+        def hook(gate: Gate, inputs: Any, output: Any) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+            (weight_TK, own_TK, x_TH, residual_TH), given_TK = output, now["experts"][:, index]
             keep_T1 = (~now["real"] | ~differ(given_TK, own_TK.to(torch.int64)))[:, None]
-            score_TE = torch.sigmoid(F.linear(inputs[0].float(), gate.weight.float()))
+            score_TE = torch.sigmoid(F.linear(x_TH.float(), gate.weight.float()))
             given_weight_TK = score_TE.gather(-1, given_TK)
             if gate.normalise and gate.top_k > 1:
                 given_weight_TK = given_weight_TK / (given_weight_TK.sum(-1, keepdim=True) + 1e-20)
             weight = torch.where(keep_T1, weight_TK, (given_weight_TK * gate.scaling).to(weight_TK.dtype))
-            return weight, torch.where(keep_T1, own_TK, given_TK.to(own_TK.dtype))
+            return weight, torch.where(keep_T1, own_TK, given_TK.to(own_TK.dtype)), x_TH, residual_TH
 
         return hook
 
@@ -247,8 +247,8 @@ def _output_hook(tensors: dict[str, Tensor], name: str) -> Any:
 
 
 def _gate_hook(tensors: dict[str, Tensor]) -> Any:
-    def hook(gate: Gate, inputs: tuple[Tensor, ...], output: tuple[Tensor, Tensor]) -> None:
-        logit_TE = F.linear(_host(inputs[0]).float(), _host(gate.weight).float())
+    def hook(gate: Gate, inputs: Any, output: tuple[Tensor, Tensor, Tensor, Tensor | None]) -> None:
+        logit_TE = F.linear(_host(output[2]).float(), _host(gate.weight).float())
         tensors["scores"] = torch.sigmoid(logit_TE) + _host(gate.expert_bias).float()
         tensors["weights"], tensors["experts"] = _host(output[0]), _host(output[1]).to(torch.int64)
 

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor
 
+import ascend
 from ascend.devices import get_device
 from ascend.devices.base import Replay
 from ascend.emulator import log
+from ascend.generation import Decoder
+from ascend.sampling import Sampling
+from ascend.speculation import SpeculativeDecoder
+from tests import tiny
 
 CARD = "npu:0"
 
@@ -106,3 +113,42 @@ def test_lengths_of_a_captured_attention_can_be_replaced() -> None:
         graph.update(cpu_update_input=[{"actual_seq_lengths_kv": [length]}])
         graph.replay()
         assert torch.equal(out.cpu(), (attention(q, k, [length]) * 2).cpu())
+
+
+SHAPE = {"head_dim": 64, "hidden_size": 128, "moe_intermediate_size": 64}
+
+
+def prompts() -> tuple[Tensor, Tensor]:
+    """Three rows, the last one padded."""
+    ids = torch.randint(0, tiny.SHAPE["vocab_size"], (3, 9), generator=torch.Generator().manual_seed(0))
+    mask = torch.ones_like(ids)
+    mask[2, :4] = 0
+    return ids, mask
+
+
+@torch.inference_mode()
+def test_decoding_waits_for_nothing_and_one_token_is_one_replay(tmp_path: Path) -> None:
+    path, (ids, mask) = tiny.checkpoint(tmp_path, **SHAPE), prompts()
+    cpu, model, there = ascend.load_model(path), ascend.load_model(path, CARD), (ids.to(CARD), mask.to(CARD))
+    for how in ({}, {"temperature": 1.5, "top_k": 20, "top_p": 0.9, "seed": 1}, {"temperature": 0.9, "seed": 2}):
+        expected = ascend.generate(cpu, ids, 8, attention_mask=mask, **how)
+        decoder = Decoder(model, *there, 8, True, sampling=Sampling(**how))
+        decoder.prefill()
+        with log.recording() as seen:
+            decoder.run(7)
+        assert (seen.syncs, seen.ops.count("graph::replay")) == ([], 7)
+        assert torch.equal(decoder.answer.tokens(8)[:3].cpu(), expected[:, 9:])
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("layers", [1, 2])
+def test_a_speculative_step_is_one_replay_and_changes_nothing(layers: int, tmp_path: Path) -> None:
+    path, (ids, mask) = tiny.checkpoint(tmp_path, **SHAPE, num_nextn_predict_layers=layers), prompts()
+    expected = ascend.generate(ascend.load_model(path), ids, 8, attention_mask=mask)
+    model, there = ascend.load_model(path, CARD), (ids.to(CARD), mask.to(CARD))
+    decoder = SpeculativeDecoder(model, *there, 8, True, drafts=3)
+    decoder.prefill()
+    with log.recording() as seen:
+        decoder.run(7)
+    assert (seen.syncs, seen.ops.count("graph::replay")) == ([], 7)
+    assert torch.equal(decoder.answer.tokens(8)[:3].cpu(), expected[:, 9:])

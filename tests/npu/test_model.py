@@ -10,8 +10,10 @@ import torch
 from torch import Tensor
 
 import ascend
+from ascend.cache import StaticCache
 from ascend.emulator import log
 from ascend.generation import Decoder
+from ops.quantise import FP8
 from tests import tiny
 
 CARD = "npu:0"
@@ -162,6 +164,15 @@ def test_expert_weights_lie_in_the_cubes_format(tmp_path: Path) -> None:
 def test_what_the_card_cannot_quantise_is_refused(dtype: str, width: int, words: str, tmp_path: Path) -> None:
     path = tiny.checkpoint(tmp_path, **SHAPE | {"moe_intermediate_size": width})
     assert words in tiny.user_error(ascend.load_model, path, CARD, dtype, quantise="w8a8")
+
+
+def test_fp8_is_refused(tmp_path: Path) -> None:
+    path = tiny.checkpoint(tmp_path, **SHAPE)
+    assert "npu:0 does not compute in fp8; use w8a8" in tiny.user_error(
+        ascend.load_model, path, CARD, "bfloat16", quantise="fp8"
+    )
+    no_cache = tiny.user_error(StaticCache, 1, 1, 1, 8, 64, FP8, torch.device(CARD))
+    assert "npu:0 has no FP8; leave the key/value cache in the model's dtype" in no_cache
 
 
 def test_a_model_that_was_moved_there_is_refused(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 import ops
 from ascend.emulator import log
-from ops import layout, quantise, reference, reference_quantised
+from ops import fused, layout, quantise, reference, reference_quantised
 from ops.npu import KERNELS
 from tests.op_cases import BF16, FP32, UNIT, make
 
@@ -44,7 +44,9 @@ def wide(*values: Any) -> list[Any]:
 
 
 def test_every_op_has_a_kernel() -> None:
-    assert set(KERNELS) == set(ops.SCHEMAS)
+    """But those that run the kernels of their parts, and FP8, which the card has not."""
+    expected = {name for name in ops.SCHEMAS if not hasattr(fused, name) and not name.endswith("_fp8")}
+    assert set(KERNELS) == expected
 
 
 @examples
