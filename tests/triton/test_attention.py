@@ -20,6 +20,8 @@ from tests.triton.cases import DTYPES, FP8, SEEDS, examples, near
 from tests.triton.checker import in_any_order, reads
 from tests.triton.test_rope import projection
 
+pytestmark = pytest.mark.slow  # `test_table` has its cases in the quick part
+
 ATTENTION, CACHED = triton_attention.attention, triton_attention.cached_attention
 ROWS = st.lists(st.tuples(st.integers(0, 20), st.integers(0, 60)), min_size=1, max_size=2)
 

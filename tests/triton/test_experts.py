@@ -73,6 +73,7 @@ ROUTINGS: dict[str, Callable[[int, int, int, torch.Generator], Tensor]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", FORMATS)
 @examples
 @given(
@@ -123,6 +124,7 @@ def _wide(tensor: Tensor) -> Tensor:
     return tensor.float() if tensor.dtype in (BF16, FP16) else tensor
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", FORMATS)
 def test_programs_in_any_order_give_the_same_bits(device: str, form: str) -> None:
     new = make(3, BF16)
@@ -170,6 +172,7 @@ def test_many_tokens_of_one_expert_are_tiled(device: str) -> None:
     close(found, reference.moe_experts(x, mix, chosen, gate_up, down), FP32)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", FORMATS)
 @pytest.mark.parametrize("dtype", [FP32, BF16])
 @pytest.mark.parametrize("routing", ["as a router", "some elsewhere", "all to one"])

@@ -44,6 +44,8 @@ CONFIG = BailingMoeV2Config(
     use_qk_norm=True,
     initializer_range=0.08,  # so that logits are far apart
 )
+pytestmark = pytest.mark.slow
+
 VIEWS = {"view", "view_as", "reshape", "flatten", "unflatten", "transpose", "t", "slice", "select", "split", "expand",
          "unsqueeze", "squeeze", "detach", "permute", "chunk", "contiguous"}  # fmt: skip
 NO_WORK = VIEWS | {"empty", "empty_like", "new_empty"}
