@@ -62,7 +62,7 @@ SCHEMAS = {
     "Tensor shared_down_HI, Tensor shared_down_scale_PS, int first=0, int total=0) -> Tensor",
 }
 
-# Implementations by dispatch key; what a table lacks runs the reference. CUDA brings a table of its own.
+# Implementations by dispatch key; what a table lacks runs the reference.
 # Torch calls an NPU "PrivateUse1".
 KERNELS = {"CPU": cpu.KERNELS, "CUDA": cuda.KERNELS, "PrivateUse1": npu.KERNELS}
 

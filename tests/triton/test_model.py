@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from triton.runtime.interpreter import GridExecutor
 
+import ascend
 from ascend.config import BailingMoeV2Config
 from ascend.generation import Decoder
 from ascend.model import BailingMoeV2ForCausalLM
@@ -113,8 +114,8 @@ def test_logits(device: str, dtype: torch.dtype, quantise: str | None, limit: fl
     assert (found.cpu() - wanted).norm() <= limit * wanted.norm()
 
 
-def greedy(model: BailingMoeV2ForCausalLM, ids: Tensor, steps: int) -> Tensor:
-    decoder = Decoder(model, ids, None, steps)
+def greedy(model: BailingMoeV2ForCausalLM, ids: Tensor, steps: int, capture: bool = False) -> Tensor:
+    decoder = Decoder(model, ids, None, steps, capture)
     logits = [decoder.prefill()]
     for _ in range(steps - 1):
         logits.append(decoder.step(logits[-1].argmax(-1)).clone())
@@ -128,6 +129,24 @@ def test_decoding_in_a_cache(device: str) -> None:
         found = greedy(model_on(device, FP32), ids.to(device), 4).cpu()
     assert torch.equal(found.argmax(-1), wanted.argmax(-1))
     torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("quantise", [None, "fp8", "w8a8", "w4a16"])
+def test_a_captured_step_gives_the_bits_of_an_eager_one(device: str, quantise: str | None) -> None:
+    if device == "cpu":
+        pytest.skip("nothing is captured under the interpreter: needs an NVIDIA GPU")
+    model, ids = model_on(device, BF16, quantise), prompts(3, 5).to(device)
+    assert torch.equal(greedy(model, ids, 6, capture=True), greedy(model, ids, 6))
+
+
+def test_drafted_text_is_plain_text(device: str) -> None:
+    config = BailingMoeV2Config(**CONFIG.to_dict() | {"num_hidden_layers": 2, "num_nextn_predict_layers": 1})
+    ids = prompts(2, 4)
+    wanted = ascend.generate(random_model(config, "cpu", FP32, seed=5), ids, 5)
+    with on_kernels(device):
+        model = random_model(config, "cpu", FP32, seed=5).to(device)
+        found = ascend.generate(model, ids.to(device), 5, drafts=2, capture=device != "cpu")
+    assert torch.equal(found.cpu(), wanted)
 
 
 @pytest.mark.parametrize("quantise", [None, "fp8", "w8a8", "w4a16"])
