@@ -89,7 +89,7 @@ def _error(group: Group, case: Case) -> float:
 @settings(max_examples=25, deadline=None)
 @given(case=cases(2))
 def test_two_cards(two: Ranks, case: Case) -> None:
-    case = replace(case, width_shards=1, extra=False, outside=False)
+    case = replace(case, width_shards=1, shared=False, outside=False)
     for strategy in STRATEGIES:
         errors = two.call(_error, replace(case, strategy=strategy))
         assert max(errors) <= TOLERANCE[case.dtype], f"{strategy}: {errors}"
