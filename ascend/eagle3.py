@@ -263,9 +263,17 @@ def _read_config(path: Path, model: BailingMoeV2Config) -> Eagle3Config:
         raise UserError(f"{file}: cannot be read: {error.strerror}; a draft head is a directory that has it") from None
     except ValueError as error:
         raise UserError(f"{file}: not readable as JSON ({error}); the file is damaged") from None
+    if not isinstance(keys, dict):
+        raise UserError(f"{file}: holds a {type(keys).__name__}, expected an object with the head's shapes")
     for key, values in FIXED.items():
         if keys.get(key, values[-1]) not in values:
             raise UserError(f"{file}: {key} is {keys[key]!r}, this toolkit knows draft heads with {values[0]!r} alone")
+    # transformers 5 writes what was rope_scaling and rope_theta here.
+    rope = keys.get("rope_parameters") or {}
+    if rope.get("rope_type", "default") != "default":
+        raise UserError(
+            f"{file}: rope_type is {rope['rope_type']!r}, this toolkit knows draft heads with 'default' alone"
+        )
     eagle = keys.get("eagle_config") or {}
     if not eagle.get("use_aux_hidden_state", True):
         raise UserError(f"{file}: use_aux_hidden_state is off, so this is no EAGLE3 head")
@@ -283,7 +291,7 @@ def _read_config(path: Path, model: BailingMoeV2Config) -> Eagle3Config:
             draft_vocab_size=keys.get("draft_vocab_size") or keys["vocab_size"],
             tapped=tuple(i + 1 for i in named) if named else default_taps(model.num_hidden_layers),
             rms_norm_eps=keys.get("rms_norm_eps", 1e-6),
-            rope_theta=keys.get("rope_theta") or (keys.get("rope_parameters") or {}).get("rope_theta") or 10000.0,
+            rope_theta=keys.get("rope_theta") or rope.get("rope_theta") or 10000.0,
         )
     except KeyError as error:
         raise UserError(f"{file}: {error.args[0]} is missing") from None

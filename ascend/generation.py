@@ -67,6 +67,8 @@ def generate(
     batch = (model, input_ids, attention_mask, max_new_tokens, capture)
     options: dict[str, Any] = {"sampling": sampling, "stop_token_ids": stop_token_ids, "kv_dtype": kv_dtype}
     decoder: Decoder | None = None
+    if draft_head is not None and drafts == 0:
+        raise UserError("a draft_head drafts nothing with drafts=0; give drafts, a number or 'auto'")
     if drafts != 0:
         from ascend.speculation import drafting_decoder
 

@@ -89,5 +89,6 @@ def _mix(x: Tensor) -> Tensor:
 def _draw(logits_BV: Tensor, state: Tensor) -> Tensor:
     """A token per row from softmax(logits): the first event of a race of exponential clocks, so one argmax does it."""
     rows, columns = logits_BV.shape
-    uniform_BV = ((random_bits(rows, columns, state) + 0.5) * 2.0**-32).clamp_(max=1 - 2.0**-24)
+    # fp32 said aloud: whole numbers plus 0.5 take torch's default dtype, and fp16 ends at 65504.
+    uniform_BV = ((random_bits(rows, columns, state).float() + 0.5) * 2.0**-32).clamp_(max=1 - 2.0**-24)
     return (logits_BV - torch.log(-torch.log1p(-uniform_BV))).argmax(-1)

@@ -287,10 +287,15 @@ def drafting_decoder(
         raise UserError(f"drafts is {drafts!r}, it must be 0 to {MOST_DRAFTS} or 'auto'")
     batch = (model, input_ids, attention_mask)
     _check_greedy(options.get("sampling"))
+    if draft_head is not None and not hasattr(draft_head, "tapped"):
+        raise UserError(
+            f"draft_head is a {type(draft_head).__name__}, expected what `ascend.eagle3.load_eagle3` returns"
+        )
     drafter: Drafter = draft_head or MTPDrafter(model)
     if isinstance(drafts, str):
         costs = measure_costs(*batch, capture, drafter, kv_dtype=options.get("kv_dtype"))
-        drafts = choose_drafts(costs)
+        # Each rank has timed for itself; with other numbers of drafts they would wait for one another for ever.
+        drafts = model.parallel.agreed(choose_drafts(costs))
         if not drafts:
             return None
     return SpeculativeDecoder(*batch, max_new_tokens, capture, drafts=drafts, drafter=drafter, **options)

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from ops import build, reference
+from ops.quantise import FP8
 
 _log = logging.getLogger(__name__)
 
@@ -392,6 +393,8 @@ def attention(
 ) -> Tensor:
     """`reference.attention`."""
     kernels, dtype, (B, T, N, D), (rows, G, S, width) = _table[q_BTND.dtype], q_BTND.dtype, q_BTND.shape, k_BGSD.shape
+    if kernels is not None and k_BGSD.dtype is FP8:  # exact: every e4m3 is a bf16; the definition holds T x S scores
+        k_BGSD, v_BGSD = k_BGSD.to(dtype), v_BGSD.to(dtype)
     if (
         kernels is None
         or not _caches_fit(dtype, k_BGSD, v_BGSD)

@@ -9,7 +9,7 @@ import json
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,12 +20,17 @@ from ascend.errors import UserError
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from ascend.eagle3 import Eagle3Head
     from ascend.generation import Decoder
 
 
 @dataclass(frozen=True)
 class Setting:
-    """What an engine is started with. ``device`` is torch's name; ``capture``: decode as a graph, if it has any."""
+    """What an engine is started with. ``device`` is torch's name; ``capture``: decode as a graph, if it has any.
+
+    max_length: tokens of prompt and answer. kv: the cache's format. fill: random values in the cache in place of the
+    prompts'. drafts: of a speculative step, or "auto"; acceptance: tokens that such a step is made to keep on average.
+    """
 
     model: Path
     device: str
@@ -36,6 +41,10 @@ class Setting:
     max_length: int
     capture: bool
     seed: int
+    kv: str | None = None
+    fill: bool = False
+    drafts: int | str = 0
+    acceptance: float | None = None
 
     @property
     def random(self) -> bool:
@@ -54,13 +63,25 @@ class Engine(ABC):
     def generate(self, prompts: list[list[int]], new_tokens: int) -> int:
         """Generate exactly ``new_tokens`` for each prompt; return how many tokens came out in all, all of them done."""
 
-    def distinct_experts(self, prompts: list[list[int]]) -> float | None:
-        """Return how many experts of a layer a decode step of these prompts hits, mean of the layers; None: unknown."""
+    def distinct_experts(self, prompts: list[list[int]], speculative: bool = False) -> float | None:
+        """Return how many experts of a layer a decode step of these prompts hits, mean of the layers; None: unknown.
+
+        ``speculative``: a verification of drafts, where the engine has any.
+        """
+        return None
+
+    def kernels_per_layer(self, prompts: list[list[int]]) -> float | None:
+        """Return what a decode step gives the device to do, kernels and copies, by decoder layer; None: unknown."""
         return None
 
 
 class Lean(Engine):
-    """This project's lean engine. Batches keep their cache and graph, so that a generation captures nothing anew."""
+    """This project's lean engine. Batches keep their cache and graph, so that a generation captures nothing anew.
+
+    ``setting.drafts``: `speculate` drafts with an EAGLE3 head of random weights, in the published shape.
+    """
+
+    draft_bytes = 0  # that one run of the draft head reads
 
     def __init__(self, setting: Setting) -> None:
         import torch
@@ -82,64 +103,146 @@ class Lean(Engine):
             self.model = random_model(config, setting.device, dtype, quantise=quantise, seed=seed)
         else:
             self.model = ascend.load_model(setting.model, setting.device, setting.dtype, quantise=setting.quantise)
-        self.decoders: dict[tuple[int, int], Decoder] = {}
+        self.decoders: dict[tuple[int, int, bool], Decoder] = {}
+        self.paying: dict[int, int] = {}  # drafts that pay, by batch
+        if setting.drafts:
+            self.head = draft_head(self.model, setting.seed)
+            own = (weight for name, weight in self.head.named_parameters() if not name.startswith("embed_tokens"))
+            self.draft_bytes = sum(weight.nbytes for weight in own if weight.ndim > 1)
 
     def generate(self, prompts: list[list[int]], new_tokens: int) -> int:
         """See `Engine.generate`. Greedy; the host waits for nothing until the end."""
         import torch
 
         with torch.inference_mode():
-            decoder = self._prefilled(prompts)
-            token_B = self._logits.argmax(-1)
-            made = [token_B]
-            for _ in range(new_tokens - 1):
-                token_B = decoder.step(token_B).argmax(-1)
-                made.append(token_B)
-            return torch.stack(made).cpu().numel()
+            decoder = self._started(prompts, False)
+            decoder.run(new_tokens - 1)
+            return decoder.answer.tokens(new_tokens)[: decoder.batch].cpu().numel()
 
-    def distinct_experts(self, prompts: list[list[int]]) -> float | None:
+    def speculate(self, prompts: list[list[int]], steps: int) -> tuple[int, float]:
+        """Run the prompts and so many steps with drafts; how many drafts, and what a step gained a row on average."""
+        import torch
+
+        with torch.inference_mode():
+            decoder = self._started(prompts, True)
+            before = 0 if self.setting.fill else 1
+            decoder.run(steps)
+            gained = (decoder.answer.count_B[: decoder.batch].cpu() - before).float().mean()
+            return decoder.most - 1, float(gained) / steps
+
+    def distinct_experts(self, prompts: list[list[int]], speculative: bool = False) -> float | None:
         """See `Engine.distinct_experts`. Counted in one step that is not a graph's."""
         import torch
 
         from ascend.expert_loads import recording
-        from ascend.generation import Decoder
 
-        ids = torch.tensor(prompts, device=self.model.device)
         with torch.inference_mode():
-            decoder = Decoder(self.model, ids, None, 1)
-            token_B = decoder.prefill().argmax(-1)
+            ids = torch.tensor(prompts, device=self.model.device)[:, -1024:]  # a step of the same newest tokens
+            decoder = self._new(ids, 2 * (self._drafts(ids) + 1) if speculative else 2, speculative, False)
+            decoder.prefill()
             with recording(self.model) as loads:
-                decoder.step(token_B)
+                decoder.run(1)
         hit = [int((count > 0).sum()) for count in loads.values()]
         return sum(hit) / len(hit) if hit else None
 
-    def _prefilled(self, prompts: list[list[int]]) -> Decoder:
+    def kernels_per_layer(self, prompts: list[list[int]]) -> float | None:
+        """See `Engine.kernels_per_layer`. By torch's profiler on CUDA, embedding and head shared out to the layers."""
+        import torch
+
+        if self.device.type != "cuda":
+            return None
+        with torch.inference_mode():
+            decoder = self._started(prompts, False)
+            decoder.run(1)
+            self.device.synchronize()
+            with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+                decoder.run(1)
+                self.device.synchronize()
+        kernels = [one for one in profile.events() or () if one.device_type is torch.autograd.DeviceType.CUDA]
+        return len(kernels) / self.model.config.num_hidden_layers if kernels else None
+
+    def _started(self, prompts: list[list[int]], speculative: bool) -> Decoder:
+        """The decoder of this shape, new or used before, its prompts run (or its cache filled)."""
         import torch
 
         ids = torch.tensor(prompts, device=self.model.device)
-        shape = (len(prompts), len(prompts[0]))
-        decoder = self.decoders.get(shape)
-        if decoder is None:
-            self.decoders.clear()  # one batch in memory at a time
-            longest = self.setting.max_length - shape[1]
-            decoder = self.decoders[shape] = self._decoder(ids, longest)
+        key = (*ids.shape, speculative)
+        if key not in self.decoders:
+            if any(known[:2] != key[:2] for known in self.decoders):
+                self.decoders.clear()  # one batch in memory at a time
+            self.decoders[key] = self._decoder(ids, self.setting.max_length - ids.shape[1], speculative)
+        decoder = self.decoders[key]
+        decoder.restart(ids)
+        if self.setting.fill:
+            _fill(decoder, ids)
         else:
-            decoder.restart(ids)
-        self._logits: Tensor = decoder.prefill()
+            decoder.prefill()
         return decoder
 
-    def _decoder(self, ids: Tensor, longest: int) -> Decoder:
+    def _decoder(self, ids: Tensor, longest: int, speculative: bool) -> Decoder:
         import torch
 
-        from ascend.generation import Decoder
-
         try:
-            return Decoder(self.model, ids, None, longest, bool(self.captured))
+            return self._new(ids, longest, speculative, bool(self.captured))
         except RuntimeError as error:
             if not self.captured or isinstance(error, torch.OutOfMemoryError):
                 raise
             said = str(error).splitlines()[0][:80]
             raise UserError(f"the decode step cannot be captured on this device ({said}): give --eager") from error
+
+    def _new(self, ids: Tensor, longest: int, speculative: bool, capture: bool) -> Decoder:
+        from ascend.draft_length import TYPICAL_ACCEPTANCE, tokens_per_step
+        from ascend.generation import Decoder
+        from ascend.speculation import Acceptance, SpeculativeDecoder
+
+        kv, forced = self.setting.kv, self.setting.acceptance
+        drafts = self._drafts(ids) if speculative else 0
+        if not drafts:
+            return Decoder(self.model, ids, None, longest, capture, kv_dtype=kv)
+        if self.setting.drafts == "auto" and forced is None:
+            forced = tokens_per_step(drafts, TYPICAL_ACCEPTANCE)
+        options: dict[str, Any] = {"drafter": self.head, "acceptance": Acceptance(forced, self.setting.seed)}
+        return SpeculativeDecoder(self.model, ids, None, longest, capture, drafts=drafts, kv_dtype=kv, **options)
+
+    def _drafts(self, ids: Tensor) -> int:
+        """How many drafts at this batch: as set, or as many as pay."""
+        from ascend.draft_length import choose_drafts, measure_costs
+
+        if isinstance(self.setting.drafts, int):
+            return self.setting.drafts
+        if len(ids) not in self.paying:
+            costs = measure_costs(self.model, ids, None, bool(self.captured), self.head, kv_dtype=self.setting.kv)
+            self.paying[len(ids)] = choose_drafts(costs)
+        return self.paying[len(ids)]
+
+
+def draft_head(model: Any, seed: int) -> Eagle3Head:
+    """An EAGLE3 head of random weights for a model; one of few layers is tapped where it has any."""
+    from ascend.eagle3 import Eagle3Config, random_head
+
+    config, layers = Eagle3Config.published(model.config), model.config.num_hidden_layers
+    if len(set(config.tapped)) < len(config.tapped) or min(config.tapped) < 0:
+        config = replace(config, tapped=(0, layers // 2, layers - 1))
+    return random_head(model, config, seed=seed)
+
+
+def _fill(decoder: Decoder, ids: Tensor) -> None:
+    """Stand where a decoder stands after these prompts, with random values in its caches."""
+    import torch
+
+    caches = [decoder.cache, *getattr(decoder, "draft_caches", [])]
+    for cache in caches:
+        for tensor in (*cache.keys, *cache.values):
+            filled = torch.empty(tensor.shape[1:], dtype=decoder.model.dtype, device=tensor.device)
+            for row in tensor:  # row by row: normal numbers are not made in FP8
+                row.copy_(filled.normal_())
+        cache.written_B.fill_(ids.shape[1])
+    if decoder.length is not None:
+        decoder.length = ids.shape[1]
+    decoder.token_B.copy_(ids[:, -1][decoder.row_B])
+    for name in ("draft_BK", "carried"):
+        for tensor in getattr(decoder, name, ()):
+            tensor.zero_()
 
 
 class Vllm(Engine):
@@ -157,7 +260,7 @@ class Vllm(Engine):
             # Without the second it leaves a core idle on small machines.
             bound = ",".join(map(str, sorted(os.sched_getaffinity(0))[: setting.threads]))
             os.environ |= {"VLLM_CPU_KVCACHE_SPACE": "2", "VLLM_CPU_OMP_THREADS_BIND": bound}
-        if setting.quantise is not None:
+        if setting.quantise is not None or setting.kv is not None or setting.fill:
             raise UserError("engine vllm: it quantises no model in memory; give it a converted checkpoint")
         import vllm
 
@@ -190,8 +293,8 @@ class Transformers(Engine):
         import torch
         import transformers
 
-        if setting.quantise is not None:
-            raise UserError("engine transformers: it runs unquantised only")
+        if setting.quantise is not None or setting.kv is not None or setting.fill:
+            raise UserError("engine transformers: it runs unquantised only, after prompts")
         self.version, self.random_weights = f"transformers {transformers.__version__}", True
         torch.manual_seed(setting.seed)
         torch.set_default_dtype(getattr(torch, setting.dtype))  # never twice the memory

@@ -2,8 +2,9 @@
 
 ``{"schema": 1, "kind": "decode", "run": {…}, "settings": {…}, "rows": [{…}, …]}``: what was measured and where
 (`Run`), how (the kind's settings), and one row per measured point. `KINDS` has settings and rows of each kind. A file
-with a field that is not here, or without one that is, is refused (`read`); ``python -m perf schema`` prints all of it
-as JSON Schema. Numbers are never NaN; what is unknown is null. Times are seconds, memory is bytes, rates per second.
+with a field that is not here, or without one that has no default, is refused (`read`): fields with a default are newer
+than some committed files. ``python -m perf schema`` prints all of it as JSON Schema. Numbers are never NaN; what is
+unknown is null. Times are seconds, memory is bytes, rates per second.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, ClassVar, NoReturn
 
@@ -81,13 +82,20 @@ class Run(Strict):
 class DecodeSettings(Strict):
     """Of `perf decode`. prompt_length, new_tokens: of each generation; threads: of the CPU.
 
-    rounds: those asked for; rows have fewer values where rounds were left out, or the run was interrupted.
+    rounds: those asked for; rows have fewer values where rounds were left out, or the run was interrupted. kv: the
+    cache's format, null for the model's dtype. filled: no prompt was run, the cache held random values. drafts: of
+    speculative steps, a number or "auto", null for none. acceptance: tokens that such a step was made to keep on
+    average, null where the drafts decided (with "auto", what `ascend.draft_length` takes for typical).
     """
 
     prompt_length: int
     new_tokens: int
     rounds: int
     threads: int | None
+    kv: str | None = None
+    filled: bool = False
+    drafts: str | None = None
+    acceptance: float | None = None
 
 
 @dataclass(frozen=True)
@@ -103,6 +111,12 @@ class DecodeRow(Strict):
     share_of_sheet: bytes_per_step over the time, of those rates. memory_bytes: what the engine's process held resident
     (CPU) or its allocator reserved (a card) after a generation, at its most; what an earlier batch size took and was
     not given back is in it. watts: mean of all cards while it decoded.
+
+    drafts, tokens_per_step: of a speculative step (engine "speculative"), what it gained a row on average; its bytes
+    and FLOPs are those of a verification and of the draft head. prefill_seconds: until the first token, one value a
+    round, from the same generations; prefill_flops: the fewest. matmul_rate: of a large product in the run's dtype,
+    quantised weights or not; share_of_matmul_rate: of prefill. All of prefill is empty or null where none was run.
+    kernels_per_layer: launches and copies of a step over the decoder layers, null where nobody counted.
     """
 
     engine: str
@@ -122,16 +136,27 @@ class DecodeRow(Strict):
     share_of_sheet: float | None
     memory_bytes: int | None
     watts: float | None
+    drafts: int = 0
+    tokens_per_step: float = 1.0
+    prefill_seconds: list[float] = field(default_factory=list)
+    prefill_flops: float | None = None
+    matmul_rate: list[float] = field(default_factory=list)
+    share_of_matmul_rate: float | None = None
+    kernels_per_layer: float | None = None
 
 
 @dataclass(frozen=True)
 class OpsSettings(Strict):
-    """Of `perf ops`. walked_bytes: weights that are walked through in turn, at least, so that no cache holds them."""
+    """Of `perf ops`. walked_bytes: weights that are walked through in turn, at least, so that no cache holds them.
+
+    width: of an expert on a rank, where that is a part of the model's.
+    """
 
     rounds: int
     threads: int | None
     captured: bool
     walked_bytes: int
+    width: int | None = None
 
 
 @dataclass(frozen=True)

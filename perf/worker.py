@@ -1,8 +1,9 @@
 """An engine in a process of its own, and both ends of the pipe to it: ``python -m perf.worker NAME SETTING``.
 
 A worker loads the model and prints one JSON line; after that it answers each request line with one. Requests: a
-generation (``batch``, ``prompt_length``, ``new_tokens``, ``seed``), ``{"distinct_experts": true}`` with the same
-fields, or to the worker called "rates" ``{"read": true}``.
+generation (``batch``, ``prompt_length``, ``new_tokens``, ``seed``), with ``"drafts": true`` as many steps with drafts;
+``{"distinct_experts": true}`` or ``{"kernels": true}`` with the same fields; or to the worker called "rates"
+``{"read": true}``.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from ascend.errors import EXIT_USER_ERROR, UserError, run_command
-from perf.engines import ENGINES, Engine, Setting
+from perf.engines import ENGINES, Engine, Lean, Setting
 
 RATES = "rates"  # measures the device in place of an engine
 
@@ -97,13 +98,20 @@ def _engine(engine: Engine, setting: Setting, name: str) -> Callable[[dict[str, 
     def serve(request: dict[str, Any]) -> dict[str, Any]:
         if not request:
             told = {"captured": engine.captured, "random_weights": engine.random_weights}
-            return told | {"version": engine.version, "torch": torch.__version__}
+            draft_bytes = engine.draft_bytes if isinstance(engine, Lean) else 0
+            return told | {"version": engine.version, "torch": torch.__version__, "draft_bytes": draft_bytes}
         generator = torch.Generator().manual_seed(request["seed"])
         shape = (request["batch"], request["prompt_length"])
         prompts = torch.randint(vocabulary, shape, generator=generator).tolist()
+        if request.get("kernels"):
+            return {"kernels_per_layer": engine.kernels_per_layer(prompts)}
         if request.get("distinct_experts"):
-            return {"distinct_experts": engine.distinct_experts(prompts)}
+            return {"distinct_experts": engine.distinct_experts(prompts, bool(request.get("drafts")))}
         start = time.perf_counter()
+        if request.get("drafts") and isinstance(engine, Lean):
+            drafts, gained = engine.speculate(prompts, request["new_tokens"] - 1)
+            taken = {"seconds": time.perf_counter() - start, "memory_bytes": device.memory().reserved}
+            return taken | {"drafts": drafts, "tokens_per_step": gained}
         made = engine.generate(prompts, request["new_tokens"])
         seconds = time.perf_counter() - start
         if made != request["batch"] * request["new_tokens"]:
@@ -117,7 +125,7 @@ def _rates(setting: Setting) -> Callable[[dict[str, Any]], dict[str, Any]]:
     from ascend.devices import get_device
     from ascend.emulator import active
     from perf.machine import describe
-    from perf.rates import read_rate
+    from perf.rates import matmul_rate, read_rate
 
     device = get_device(setting.device)
     device.activate()
@@ -126,7 +134,7 @@ def _rates(setting: Setting) -> Callable[[dict[str, Any]], dict[str, Any]]:
     def serve(request: dict[str, Any]) -> dict[str, Any]:
         if not request:
             return {"machine": asdict(describe(device)), "sheet_rate": device.facts().bandwidth.value}
-        return {"read_rate": read_rate(device, emulated)}
+        return {"read_rate": read_rate(device, emulated), "matmul_rate": matmul_rate(device, setting.dtype, emulated)}
 
     return serve
 

@@ -252,3 +252,17 @@ def test_a_head_that_cannot_be_used_is_refused(what: str, model: BailingMoeV2For
 def test_default_taps_are_the_peers() -> None:
     assert default_taps(32) == (2, 16, 29)
     assert default_taps(20) == (2, 10, 17)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("[]", "holds a list, expected an object"),
+        (json.dumps(CONFIG | {"rope_parameters": {"rope_type": "yarn"}}), "rope_type is 'yarn'"),
+    ],
+)
+def test_a_configuration_of_another_form_is_refused(
+    text: str, words: str, head_path: Path, model: BailingMoeV2ForCausalLM
+) -> None:
+    (head_path / "config.json").write_text(text)
+    assert words in user_error(load_eagle3, head_path, model)

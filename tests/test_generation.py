@@ -316,3 +316,14 @@ def test_a_key_value_cache_in_fp8_changes_the_logits_a_little(model: BailingMoeV
     rounded = ascend.generate(model, tokens(2, 5), 9, kv_dtype="fp8")
     assert not torch.equal(rounded, ascend.generate(model, tokens(2, 5), 9))
     assert torch.equal(rounded, ascend.generate(model, tokens(2, 5), 9, kv_dtype="fp8", drafts=3, capture=True))
+
+
+def test_draws_do_not_depend_on_the_default_dtype() -> None:
+    logits_BV = torch.tensor(LOGITS).expand(1000, -1)
+    expected = Sampling(1.0).pick(logits_BV, new_state(5, torch.device("cpu")))
+    torch.set_default_dtype(torch.float16)
+    try:
+        drawn = Sampling(1.0).pick(logits_BV, new_state(5, torch.device("cpu")))
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert torch.equal(drawn, expected)

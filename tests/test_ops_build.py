@@ -60,12 +60,14 @@ def test_older_processors(fresh: Path, monkeypatch: pytest.MonkeyPatch, tuning: 
     assert library.parent.stat().st_mode & 0o777 == 0o700
 
 
+@pytest.mark.slow  # a process of its own
 def test_the_second_load_compiles_nothing(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     build.load()
     monkeypatch.setattr(build, "_compile", None)
     assert build.load().linear_bf16
 
 
+@pytest.mark.slow  # a process of its own
 def test_what_a_library_depends_on_is_in_its_name(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(build, "FLAGS", (*build.FLAGS, "-O0"))
     build.load()
@@ -126,6 +128,7 @@ def test_without_a_home(fresh: Path, monkeypatch: pytest.MonkeyPatch, caplog: py
     falls_back(caplog, "no home directory", "XDG_CACHE_HOME")
 
 
+@pytest.mark.slow  # a process of its own
 def test_switched_off(fresh: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     monkeypatch.setenv("ASCEND_CPU_KERNELS", "0")
     all_ops_agree()

@@ -154,6 +154,20 @@ def test_ranks_that_hold_the_same_tokens_draw_the_same(two: Ranks, checkpoint: P
     assert first == second
 
 
+def _auto(group: Group, path: Path) -> list[int]:
+    from ascend import draft_length
+
+    # As if each rank's clock had said something else.
+    draft_length.choose_drafts = lambda costs, acceptance=(): group.rank  # type: ignore[assignment]
+    model = ascend.load_model(path, parallel=Parallel.mesh(group, 2, 2))
+    return ascend.generate(model, prompts(1), 8, drafts="auto")[0].tolist()
+
+
+def test_ranks_that_measure_other_costs_take_as_many_drafts(two: Ranks, checkpoint: Path) -> None:
+    answers = two.call(_auto, checkpoint)
+    assert answers[0] == answers[1] == ascend.generate(ascend.load_model(checkpoint), prompts(1), 8)[0].tolist()
+
+
 def _generate_error(group: Group, path: Path, how: dict[str, Any]) -> str:
     model = ascend.load_model(path, parallel=Parallel.mesh(group, 1, 2))
     try:

@@ -18,17 +18,22 @@ import pytest
 import torch
 
 import ascend
-from ascend.cost import decode_work
+from ascend.config import BailingMoeV2Config
+from ascend.cost import active_parameters, decode_work, parameters
 from ascend.devices import Host
 from ascend.devices.cpu import CpuDevice
 from ascend.devices.npu import NpuDevice
 from ascend.errors import UserError
+from ascend.model import BailingMoeV2ForCausalLM
 from ascend.model_shape import ModelShape
 from ascend.precision import FP32, PRECISIONS
+from ascend.weights import MLP
 from perf import result
+from perf.compare.systems import read_systems
 from perf.decode import FEW, main
 from perf.engines import Engine, Lean, Setting, Vllm
 from perf.machine import describe
+from perf.models import open_model
 from perf.power import PowerMeter
 from perf.rates import read_rate, seconds
 from perf.result import DecodeRow, Result
@@ -161,7 +166,18 @@ def test_an_emulated_card_is_labelled(tmp_path: Path) -> None:
 def test_mistakes_get_one_line(tmp_path: Path) -> None:
     gone = tmp_path / "gone" / "x"
     for arguments, line in (
-        (["--model", "tinny"], "--model tinny: neither a directory nor one of tiny, small, ling-mini, ling-flash (did"),
+        (
+            ["--model", "tinny"],
+            "--model tinny: neither a directory nor one of tiny, small, ling-mini, ling-flash, de",
+        ),
+        (["--model", "tiny", "--drafts", "x"], "--drafts 'x' is neither auto nor a number from 0 to 15"),
+        (["--model", "tiny", "--drafts", "16"], "--drafts '16' is neither auto nor a number from 0 to 15"),
+        (["--model", "tiny", "--acceptance", "2"], "--acceptance is of steps with drafts: give --drafts too"),
+        (
+            ["--model", "tiny", "--drafts", "2", "--acceptance", "3.5"],
+            "--acceptance 3.5: a step with 2 drafts keeps",
+        ),
+        (["--model", "tiny", "--drafts", "2", "--engines", "vllm"], "--drafts: the lean engine drafts; name it in"),
         (["--model", "tiny", "--layers", "9"], "--layers 9: tiny has 4, of which at least 2 make a dense and an MoE"),
         (["--model", "tiny", "--engines", "lean,vlm"], "--engines: unknown 'vlm' (did you mean 'vllm'?); there is "),
         (["--model", "tiny", "--engines", "lean,lean"], "--engines 'lean,lean' names one twice"),
@@ -186,7 +202,7 @@ def test_an_engine_that_cannot_is_told_in_one_line() -> None:
 
 # Rounds, with engines whose times are known.
 
-STEP, PREFILL, SET_UP = 0.01, 0.5, 3.0
+STEP, PREFILL, SET_UP, COST = 0.01, 0.5, 3.0, 1.5
 
 
 class Known:
@@ -202,17 +218,23 @@ class Known:
     def answer(self, **request: Any) -> dict[str, Any]:
         if not request:
             told = {"version": f"{self.name} 1", "captured": self.name == "lean" or None, "random_weights": True}
-            return told | {"machine": asdict(describe(CpuDevice())), "sheet_rate": None}
+            return told | {"machine": asdict(describe(CpuDevice())), "sheet_rate": None, "draft_bytes": 10**6}
         if "read" in request:
-            return {"read_rate": next(self.reads, 2e10)}
+            return {"read_rate": next(self.reads, 2e10), "matmul_rate": 1e11}
+        if "kernels" in request:
+            return {"kernels_per_layer": 7.5}
         if "distinct_experts" in request:
-            return {"distinct_experts": 4.0}
+            return {"distinct_experts": 9.0 if request.get("drafts") else 4.0}
         if request["seed"] == self.interrupt_at:
             raise KeyboardInterrupt
         set_up = SET_UP if request["batch"] != self.batch else 0.0
         self.batch, tokens = request["batch"], request["new_tokens"]
         extra = self.noise.get((request["seed"], tokens), 0.0) if self.name == "lean" else 0.0
-        return {"seconds": set_up + PREFILL + tokens * STEP + extra, "memory_bytes": 10**9}
+        told = {"seconds": set_up + PREFILL + tokens * STEP + extra, "memory_bytes": 10**9}
+        if request.get("drafts"):
+            told["seconds"] += tokens * (COST - 1) * STEP
+            told |= {"drafts": 3, "tokens_per_step": 2.5}
+        return told
 
     def stop(self) -> None:
         pass
@@ -239,6 +261,74 @@ def test_what_an_engine_sets_up_is_no_part_of_a_step(known: type[Known], tmp_pat
     for row in rows:
         assert row.step_seconds == pytest.approx([STEP] * 3)
         assert (row.distinct_experts, row.random_weights, row.memory_bytes) == (4.0, True, 10**9)
+
+
+def test_steps_with_drafts_beside_plain_ones(
+    known: type[Known], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "a.json"
+    arguments = ["--model", "tiny", "--batch", "2", "--new-tokens", "24", "--rounds", "2", "--prompt-length", "2000"]
+    assert main([*arguments, "--drafts", "3", "--acceptance", "2.5", "--out", str(out)]) == 0
+    made = result.read(out)
+    assert (made.settings.drafts, made.settings.acceptance, made.settings.kv) == ("3", 2.5, None)
+    plain, drafted = made.rows
+    assert (plain.engine, plain.drafts, plain.tokens_per_step, plain.kernels_per_layer) == ("lean", 0, 1.0, 7.5)
+    assert (drafted.engine, drafted.drafts, drafted.tokens_per_step) == ("speculative", 3, 2.5)
+    assert drafted.step_seconds == pytest.approx([COST * STEP] * 2)
+    assert drafted.tokens_per_second == pytest.approx(2 * 2.5 / (COST * STEP))
+    assert (plain.distinct_experts, drafted.distinct_experts) == (4.0, 9.0)
+    assert drafted.context == 2000 + int(2.5 * (FEW + 12))
+    shape = ModelShape.from_config(made.run.model.shape or {})
+    stored = replace(PRECISIONS["bf16"], router=FP32)
+    work = decode_work(shape, stored, 2, drafted.context, drafts=3, distinct=9.0).values()
+    assert drafted.bytes_per_step == pytest.approx(sum(part.nbytes for part in work) + 3 * 10**6)
+    # Prefill: what is left of the shorter generation when its steps are taken away; by hand.
+    assert plain.prefill_seconds == pytest.approx([PREFILL + STEP] * 2)
+    assert (drafted.prefill_seconds, drafted.share_of_matmul_rate) == ([], None)
+    scores = 4 * shape.num_hidden_layers * shape.num_attention_heads * shape.head_dim * 1000
+    flops = 2 * (2000 * (2 * active_parameters(shape) + scores) + 2 * shape.vocab_size * shape.hidden_size)
+    assert plain.prefill_flops == pytest.approx(flops)
+    assert plain.share_of_matmul_rate == pytest.approx(flops / (PREFILL + STEP) / 1e11)
+    text = capsys.readouterr().out
+    assert "batch 2: 3 drafts, 2.50 tokens a step (forced): a step costs 1.50 plain ones, 1.67 times the plain" in text
+    assert "batch 2: 7.50 kernels and copies a layer" in text
+    assert f"prefill of 2000 at {2 * 2000 / (PREFILL + STEP):.0f} tokens/s" in text
+    assert next(line for line in text.splitlines() if line.startswith("speculative")).split()[-3] == "0.60"
+    # `perf compare` counts tokens, not steps.
+    (point,) = read_systems(out)[1].points
+    assert point.samples["output_throughput"] == pytest.approx([drafted.tokens_per_second] * 2)
+    assert point.samples["median_tpot_ms"] == pytest.approx([1e3 * COST * STEP / 2.5] * 2)
+
+
+def test_a_filled_cache_has_no_prefill(known: type[Known], tmp_path: Path) -> None:
+    out = tmp_path / "a.json"
+    assert (
+        main([*KNOWN, "--engines", "lean", "--prompt-length", "5000", "--fill", "--kv", "fp8", "--out", str(out)]) == 0
+    )
+    made = result.read(out)
+    assert (made.settings.filled, made.settings.kv, made.settings.drafts) == (True, "fp8", None)
+    shape = ModelShape.from_config(made.run.model.shape or {})
+    for row in made.rows:
+        assert (row.prefill_seconds, row.prefill_flops) == ([], None)
+        stored = replace(PRECISIONS["bf16"], router=FP32)
+        work = decode_work(shape, stored, row.batch, row.context, kv_bytes=1, distinct=4.0).values()
+        assert row.bytes_per_step == pytest.approx(sum(part.nbytes for part in work))
+
+
+def test_a_model_too_large_is_refused_before_it_starts() -> None:
+    free = CpuDevice().memory().free / 1e9
+    # 32 rows of 32 + 8 + 64 tokens; bf16, the router in fp32.
+    for model, needed in (("dense-36b", 72.3 + 0.9), ("ling-flash", 205.9 + 0.2)):
+        head, _, rest = user_error(main, ["--model", model]).partition(" GB for weights and cache, cpu has ")
+        assert head.startswith("lean need ")
+        assert float(head.split()[-1]) == pytest.approx(needed, rel=2e-3)
+        assert float(rest.split()[0]) == pytest.approx(free, abs=4)
+        assert rest.endswith("give fewer --layers, another --quantise, a smaller --batch, or fewer engines")
+    line = user_error(main, ["--model", "ling-flash", "--engines", "lean,transformers", "--drafts", "3"])
+    assert line.startswith("lean, transformers need 41")
+    # FP8, and while it is quantised a layer that is not yet: 256 experts of 25 MB.
+    line = user_error(main, ["--model", "ling-flash", "--quantise", "fp8", "--batch", "1"])
+    assert float(line.split()[2]) == pytest.approx(104.2 + 6.44, rel=3e-3)
 
 
 def test_a_round_that_says_nothing_is_left_out_for_all(
@@ -376,29 +466,56 @@ def test_distinct_experts_are_those_that_a_step_hits(path: Path) -> None:
 def test_lean_generates_the_same_each_time_from_what_it_keeps(path: Path) -> None:
     """Batches take turns; the second generation of one restarts its decoder."""
     engine = Lean(setting(path))
-    made: dict[str, list[list[int]]] = {}
-    keep = torch.stack
-
     prompts = {
         "a": torch.randint(0, 300, (2, 6), generator=torch.Generator().manual_seed(1)),
         "b": torch.randint(0, 300, (2, 6), generator=torch.Generator().manual_seed(2)),
         "c": torch.randint(0, 300, (3, 6), generator=torch.Generator().manual_seed(3)),
     }
-    with pytest.MonkeyPatch.context() as patch:
-        for number, which in enumerate("aabcab"):
-            seen: list[torch.Tensor] = []
+    for which in "aabcab":
+        ids = prompts[which]
+        assert engine.generate(ids.tolist(), 7) == 7 * len(ids)
+        (decoder,) = engine.decoders.values()
+        expected = ascend.generate(engine.model, ids, 7)[:, 6:]
+        assert torch.equal(decoder.answer.tokens(7), expected), which
 
-            def stack(tensors: Any, *, _seen: list[torch.Tensor] = seen) -> torch.Tensor:
-                _seen.append(keep(tensors))
-                return _seen[-1]
 
-            patch.setattr(torch, "stack", stack)
-            count = engine.generate(prompts[which].tolist(), 7)
-            assert count == 7 * len(prompts[which])
-            made[f"{which}{number}"] = seen[-1].T.tolist()
-    for name, tokens in made.items():
-        expected = ascend.generate(engine.model, prompts[name[0]], 7)[:, 6:]
-        assert tokens == expected.tolist(), name
+@pytest.mark.parametrize("fill", [False, True])
+def test_lean_keeps_as_many_tokens_as_it_is_told(path: Path, fill: bool) -> None:
+    engine = Lean(setting(path, drafts=2, acceptance=2.0, fill=fill, max_length=100))
+    prompts = torch.randint(0, 300, (3, 6), generator=torch.Generator().manual_seed(1)).tolist()
+    assert engine.speculate(prompts, 8) == (2, 2.0)
+    assert engine.generate(prompts, 5) == 15
+    assert len(engine.decoders) == 2, "plain and speculative ones of a batch take turns"
+    assert engine.speculate(prompts, 4) == (2, 2.0)
+    assert engine.draft_bytes > 1e4
+    plain, drafted = engine.distinct_experts(prompts), engine.distinct_experts(prompts, True)
+    assert plain is not None
+    assert drafted is not None
+    assert 3 <= plain <= drafted
+
+
+def test_a_filled_cache_is_read(path: Path) -> None:
+    engine = Lean(setting(path, fill=True, kv="fp8"))
+    prompts = torch.randint(0, 300, (2, 6), generator=torch.Generator().manual_seed(1)).tolist()
+    assert engine.generate(prompts, 5) == 10
+    (decoder,) = engine.decoders.values()
+    assert decoder.cache.written_B.tolist() == [10, 10]
+    for tensor in (*decoder.cache.keys, *decoder.cache.values):
+        assert tensor.dtype == torch.float8_e4m3fn
+        assert 0.5 < tensor[:, :, :6].float().std() < 1.5
+
+
+def test_a_dense_model_of_the_same_engine(tmp_path: Path) -> None:
+    _, config, model = open_model("dense-36b", 3, "fp8", tmp_path)
+    assert (model.name, model.layers, model.num_hidden_layers) == ("dense-36b", 3, 64)
+    with torch.device("meta"):
+        made = BailingMoeV2ForCausalLM(BailingMoeV2Config(**config))
+    assert all(isinstance(layer.mlp, MLP) for layer in made.model.layers)
+    whole = open_model("dense-36b", None, "fp8", tmp_path)[1]
+    assert parameters(ModelShape.from_config(whole)).total == pytest.approx(36.15e9, rel=1e-3)
+    assert made.model.rope.rotary_dim == 128, "its whole heads are rotated"
+    line = user_error(open_model, "dense-36b", 65, "fp8", tmp_path)
+    assert line == "--layers 65: dense-36b has 64, of which at least 1 are needed"
 
 
 # Rates and power.

@@ -267,6 +267,14 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
         {"drafts": "auto", "temperature": 0.5},
         "drafts go with greedy decoding alone, temperature is 0.5; drop one",
     ),
+    "a path": (
+        {"drafts": 2, "draft_head": "/models/head"},
+        "draft_head is a str, expected what `ascend.eagle3.load_eagle3` returns",
+    ),
+    "a head for nothing": (
+        {"draft_head": "/models/head"},
+        "a draft_head drafts nothing with drafts=0; give drafts, a number or 'auto'",
+    ),
     "kv_dtype": ({"kv_dtype": "fp9"}, "kv_dtype is 'fp9', it must be fp8 (did you mean 'fp8'?)"),
 }
 

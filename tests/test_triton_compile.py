@@ -65,6 +65,7 @@ def test_a_launch_is_recorded_and_does_not_run() -> None:
     assert target.tolist() == [0] * 4
 
 
+@pytest.mark.slow
 def test_what_the_compiler_made_is_read() -> None:
     with recording() as launches:
         for stride in (1, 3):

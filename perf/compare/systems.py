@@ -107,8 +107,8 @@ def _decode(result: Result, source: str, label: str | None) -> list[System]:
                 "batch",
                 row.batch,
                 {
-                    "output_throughput": [row.batch / seconds for seconds in row.step_seconds],
-                    "median_tpot_ms": [1e3 * seconds for seconds in row.step_seconds],
+                    "output_throughput": [row.batch * row.tokens_per_step / seconds for seconds in row.step_seconds],
+                    "median_tpot_ms": [1e3 * seconds / row.tokens_per_step for seconds in row.step_seconds],
                 },
                 row.watts,
                 row.share_of_read_rate,
@@ -119,6 +119,8 @@ def _decode(result: Result, source: str, label: str | None) -> list[System]:
             "prompt length": result.settings.prompt_length,
             "new tokens": result.settings.new_tokens,
             "layers": result.run.model.layers,
+            "cache": result.settings.kv,
+            "filled": result.settings.filled,
         }
         where = label or f"{result.run.machine.device}, {result.run.model.precision}"
         systems.append(
