@@ -17,7 +17,13 @@ pytestmark = pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION")
 STREAMS = r"evict_first|tl\.load\((k|v|pair)_ptr"
 # No product in them, or of fp32 that is too small for a matrix unit.
 WITHOUT_PRODUCTS = ("norm.", "rope.", "gate.", "grouped._sum")
-TOKENS = 32
+# Which ops, at how many tokens: a decode step, its smallest and largest, a prompt.
+STEPS: dict[int, tuple[str, ...]] = {
+    32: ("",),
+    1: ("moe_fp8", "linear_fp8", "add_rms_norm_gate"),
+    128: ("moe_fp8", "linear_fp8", "add_rms_norm_gate"),
+    1024: ("moe_fp8", "moe_w8a8", "moe_w4a16", "expert_rows", "add_rms_norm_gate"),
+}
 # Parts of other cases, or near enough to one.
 ALSO_ELSEWHERE = (
     "moe_experts",
@@ -93,9 +99,10 @@ def test_every_cuda_op_has_a_case() -> None:
 @pytest.mark.parametrize(
     ("label", "op", "arguments"),
     [
-        pytest.param(label, op, arguments, id=label)
-        for label, op, arguments in full_size.cases(TOKENS)
-        if not label.startswith(ALSO_ELSEWHERE)
+        pytest.param(label, op, arguments, id=f"{label}, {tokens} tokens")
+        for tokens, labels in STEPS.items()
+        for label, op, arguments in full_size.cases(tokens)
+        if label.startswith(labels) and not label.startswith(ALSO_ELSEWHERE)
     ],
 )
 def test_compiled_for_hopper(label: str, op: str, arguments: tuple[object, ...]) -> None:

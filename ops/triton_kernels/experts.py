@@ -21,9 +21,9 @@ import triton.language as tl
 from torch import Tensor
 
 from ops.triton_kernels import grouped
-from ops.triton_kernels.launch import counters
+from ops.triton_kernels.launch import check_whole, counters
 from ops.triton_kernels.linear import linear_w8a8, project
-from ops.triton_kernels.product import gate_up_rows, product, scales_per_row, swiglu
+from ops.triton_kernels.product import gate_up_rows, padded, product, scales_per_row, swiglu
 
 DECODE_TOKENS = 128  # more are prefill: tokens are sorted by expert then, and tiles of them are large
 
@@ -45,7 +45,7 @@ TILES = {
     "plain": (Tile(32, 64, 4, 4), Tile(64, 64, 4, 4)),
     "fp8": (Tile(32, 128, 4, 4), Tile(64, 128, 4, 4)),
     "int8": (Tile(32, 128, 4, 4), Tile(64, 128, 4, 4)),
-    "int4": (Tile(64, 32, 4, 4), Tile(64, 64, 4, 4)),
+    "int4": (Tile(32, 32, 4, 5), Tile(64, 64, 4, 4)),
 }
 FP32_TILES = (Tile(16, 32, 4, 3), Tile(32, 32, 4, 3))
 
@@ -74,7 +74,7 @@ def _members(match_P, begin, PAIRS: tl.constexpr, BLOCK_M: tl.constexpr):
 
 @triton.jit
 def _gate_up(
-    x, expert, hidden, weight, scale, shared, shared_scale, tokens, pairs, columns, first,
+    x, expert, hidden, weight, scale, shared, shared_scale, tokens, pairs, first,
     K: tl.constexpr, S: tl.constexpr, E: tl.constexpr, H: tl.constexpr, I: tl.constexpr, PAIRS: tl.constexpr,
     BY_EXPERT: tl.constexpr, FORMAT: tl.constexpr, SHARED_FORMAT: tl.constexpr, GROUP: tl.constexpr,
     STRIDE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -130,7 +130,7 @@ def _store(rows, slot_M, in_M, n, WIDTH: tl.constexpr, value_NM, BLOCK_N: tl.con
 
 @triton.jit
 def _down(
-    hidden, expert, mix, part_rows, counter, out, weight, scale, shared, shared_scale, tokens, pairs, columns, first,
+    hidden, expert, mix, part_rows, counter, out, weight, scale, shared, shared_scale, tokens, pairs, first,
     K: tl.constexpr, S: tl.constexpr, E: tl.constexpr, H: tl.constexpr, I: tl.constexpr, PAIRS: tl.constexpr,
     BY_EXPERT: tl.constexpr, FORMAT: tl.constexpr, SHARED_FORMAT: tl.constexpr, GROUP: tl.constexpr,
     STRIDE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -206,13 +206,17 @@ def _finish(
             total_NM = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
             row_M = part_rows + (token_M * (K + S)).to(tl.int64) * H
             if K:
-                for routed in range(0, K):
-                    chosen_M = tl.load(expert + token_M * K + routed, mask=last_M, other=0).to(tl.int32) - first
-                    there_M = last_M & (chosen_M >= 0) & (chosen_M < E)
-                    weight_M = tl.load(mix + token_M * K + routed, mask=last_M, other=0.0)
-                    inside = there_M[None, :] & (n_N < H)[:, None]
-                    where = row_M[None, :] + (routed * H + n_N)[:, None]
-                    total_NM += tl.load(where, mask=inside, other=0.0, cache_modifier=".cg") * weight_M[None, :]
+                # At once, so that nothing waits for another's address.
+                k_K = tl.arange(0, padded(K))
+                here_KM = last_M[None, :] & (k_K < K)[:, None]
+                place_KM = token_M[None, :] * K + k_K[:, None]
+                chosen_KM = tl.load(expert + place_KM, mask=here_KM, other=-1).to(tl.int32) - first
+                mix_KM = tl.load(mix + place_KM, mask=here_KM, other=0.0)
+                here_KM = here_KM & (chosen_KM >= 0) & (chosen_KM < E)
+                where_KNM = row_M[None, None, :] + k_K[:, None, None] * H + n_N[None, :, None]
+                in_KNM = here_KM[:, None, :] & (n_N < H)[None, :, None]
+                row_KNM = tl.load(where_KNM, mask=in_KNM, other=0.0, cache_modifier=".cg")
+                total_NM += tl.sum(row_KNM * mix_KM[:, None, :], 0)
             for part in range(K, K + S):
                 inside = last_M[None, :] & (n_N < H)[:, None]
                 where = row_M[None, :] + (part * H + n_N)[:, None]
@@ -252,6 +256,14 @@ def _decode(
     out_TH = torch.empty_like(x_TH) if S else torch.zeros_like(x_TH)
     if not T:
         return out_TH
+    check_whole(
+        *(
+            part
+            for one in (routed, shared)
+            if one
+            for part in (one.gate_up, one.gate_up_scale, one.down, one.down_scale)
+        )
+    )
     some = routed or shared
     assert some is not None, "an MLP has weights"
     form, shared_form = some.form, shared.form if shared is not None else some.form
@@ -266,15 +278,15 @@ def _decode(
     tile = tiles[0]
     _gate_up[((S + columns) * triton.cdiv(I, tile.rows),)](
         x_TH, expert_TK, hidden, one.gate_up, one.gate_up_scale, other.gate_up, other.gate_up_scale, T, pairs,
-        columns, first, K, S, E, H, I, *common, grouped.group_of(form, H, one.gate_up_scale), one.gate_up.shape[-1],
+        first, K, S, E, H, I, *common, grouped.group_of(form, H, one.gate_up_scale), one.gate_up.shape[-1],
         tile.rows, tokens, shared_tokens, tile.inputs, num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
     tile = tiles[1]
     counter = counters(x_TH.device, "experts", DECODE_TOKENS * triton.cdiv(H, tile.rows))
     _down[((S + columns) * triton.cdiv(H, tile.rows),)](
         hidden, expert_TK, weight_TK, rows, counter, out_TH, one.down, one.down_scale, other.down, other.down_scale, T,
-        pairs, columns, first, K, S, E, H, I, *common, grouped.group_of(form, I, one.down_scale), one.down.shape[-1],
-        tile.rows, tokens, shared_tokens, tile.inputs, num_warps=tile.warps, num_stages=tile.stages,
+        pairs, first, K, S, E, H, I, *common, grouped.group_of(form, I, one.down_scale), one.down.shape[-1],
+        tile.rows, tokens, min(shared_tokens, 16), tile.inputs, num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
     return out_TH
 

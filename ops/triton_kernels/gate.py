@@ -35,12 +35,12 @@ def _gate(
     scale_T = tl.zeros((BLOCK_T,), tl.float32)
     if NORM:
         square_TH = tl.zeros((BLOCK_T, BLOCK_H), tl.float32)
-        for h in range(0, H, BLOCK_H):
+        for h in tl.range(0, H, BLOCK_H, num_stages=4):
             sum_TH, _ = _stream(x, residual, token_T, in_T, h, NORM, H, BLOCK_H)
             square_TH += sum_TH * sum_TH
         scale_T = tl.rsqrt(tl.sum(square_TH, 1) / H + eps)
     product_ETH = tl.zeros((BLOCK_E, BLOCK_T, BLOCK_H), tl.float32)
-    for h in range(0, H, BLOCK_H):
+    for h in tl.range(0, H, BLOCK_H, num_stages=4):
         h_H = h + tl.arange(0, BLOCK_H)
         x_TH, where_TH = _stream(x, residual, token_T, in_T, h, NORM, H, BLOCK_H)
         in_TH = in_T[:, None] & (h_H < H)[None, :]
@@ -112,23 +112,23 @@ def _choose(
             kept_TG = tl.where(is_best_TG, 1, kept_TG)
             group_TG = tl.where(is_best_TG, float("-inf"), group_TG)
         biased_TGJ = tl.where((kept_TG > 0)[:, :, None], biased_TGJ, float("-inf"))
-    score_TE = tl.reshape(score_TGJ, (BLOCK_T, GROUPS_2 * PER_2))
     biased_TE = tl.reshape(biased_TGJ, (BLOCK_T, GROUPS_2 * PER_2))
     place_E, k_K = tl.arange(0, GROUPS_2 * PER_2), tl.arange(0, K_2)
-    mix_TK = tl.zeros((BLOCK_T, K_2), tl.float32)
     expert_TK = tl.zeros((BLOCK_T, K_2), tl.int32)
     for k in tl.static_range(K):
         best_T = tl.argmax(biased_TE, 1)
         is_best_TE = place_E[None, :] == best_T[:, None]
-        score_T = tl.sum(tl.where(is_best_TE, score_TE, 0.0), 1)
-        mix_TK = tl.where((k_K == k)[None, :], score_T[:, None], mix_TK)
         chosen_T = best_T // PER_2 * PER + best_T % PER_2
         expert_TK = tl.where((k_K == k)[None, :], chosen_T[:, None], expert_TK)
         biased_TE = tl.where(is_best_TE, float("-inf"), biased_TE)
+    inside = in_T[:, None] & (k_K < K)[None, :]
+    logit_TK = tl.load(
+        logits + token_T[:, None] * E + expert_TK, mask=inside, other=float("-inf"), cache_modifier=".cg"
+    )
+    mix_TK = tl.sigmoid(logit_TK)
     if NORMALISE:
         mix_TK = tl.div_rn(mix_TK, tl.broadcast_to((tl.sum(mix_TK, 1) + 1e-20)[:, None], BLOCK_T, K_2))
     where = token_T[:, None] * K + k_K[None, :]
-    inside = in_T[:, None] & (k_K < K)[None, :]
     tl.store(mix + where, mix_TK * scaling, mask=inside)
     tl.store(expert + where, expert_TK.to(tl.int64), mask=inside)
 

@@ -18,6 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ops.triton_kernels.launch import check_whole
 from ops.triton_kernels.product import gate_up_rows, product, scales_per_row, swiglu
 
 # Weight rows (of gate and of up each, in the first product), tokens, inputs of a tile; warps, stages.
@@ -54,7 +55,8 @@ def _grouped(
     tile, n = tl.program_id(0) // TILES_N, tl.program_id(0) % TILES_N * BLOCK_N
     expert_E = tl.arange(0, EXPERTS)
     end_E = tl.load(tile_end + expert_E, mask=expert_E < E, other=2147483647)
-    mine = tl.sum((end_E <= tile).to(tl.int32))
+    # int64 from the start: a type may not change inside a branch.
+    mine = tl.sum((end_E <= tile).to(tl.int64))
     if mine < E:
         tile_begin = tl.max(tl.where(end_E <= tile, end_E, 0))
         first, last = tl.load(begin + mine), tl.load(begin + mine + 1)
@@ -66,7 +68,6 @@ def _grouped(
                 from_M = tl.load(pair + row_M, mask=in_M, other=0) // K
             else:
                 to_M = tl.load(pair + row_M, mask=in_M, other=0)
-        mine = mine.to(tl.int64)
         if SWIGLU:
             row_N, of_N = gate_up_rows(n, OUT, BLOCK_N)
             scale_row_N = row_N
@@ -172,6 +173,7 @@ def _two_products(
     I = gate_up.shape[1] // 2
     if not rows:
         return
+    check_whole(gate_up, gate_up_scale, down, down_scale)
     # What is quantised again stays fp32 until then, as its definition has it.
     hidden = x.new_empty((rows, I), dtype=torch.float32 if form in ("fp8", "int8") else x.dtype)
     block_n, block_m, block_k, warps, stages = FP32_TILE if x.dtype is torch.float32 else TILE

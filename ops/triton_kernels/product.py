@@ -108,14 +108,18 @@ def _fp8(
     # Hopper's FP8 matrix units keep about 14 bits of a sum: so each block's starts anew and is added in fp32.
     BLOCK: tl.constexpr = 128
     sum_NM = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+    scale_row = scale + scale_begin + scale_row_N * SCALE_STRIDE
+    next_N = tl.load(scale_row, mask=in_N, other=0.0)
     for block in range(0, (K + BLOCK - 1) // BLOCK):
+        # A step ahead: only what is multiplied as matrices is fetched early by the compiler.
+        scale_N = next_N
+        next_N = tl.load(scale_row + block + 1, mask=in_N & (block + 1 < (K + BLOCK - 1) // BLOCK), other=0.0)
         k_K = block * BLOCK + tl.arange(0, BLOCK)
         x_KM = _tokens(x, x_row_M, x_in_M, k_K, K, BLOCK).to(tl.float32)
         x_scale_M = tl.div_rn(tl.max(tl.abs(x_KM), 0), FP8_MAX)
         steps_KM = tl.div_rn(x_KM, tl.broadcast_to(tl.maximum(x_scale_M, TINY)[None, :], BLOCK, BLOCK_M))
         x_KM = steps_KM.to(tl.float8e4nv)
         weight_NK = _weights(weight, row_N, in_N, k_K, K, STRIDE, BLOCK)
-        scale_N = tl.load(scale + scale_begin + scale_row_N * SCALE_STRIDE + block, mask=in_N, other=0.0)
         sum_NM += tl.dot(weight_NK, x_KM) * scale_N[:, None] * x_scale_M[None, :]
     return sum_NM
 
@@ -126,12 +130,13 @@ def _int8(
     K: tl.constexpr, WHOLE: tl.constexpr, STRIDE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    largest_M = tl.zeros((BLOCK_M,), tl.float32)
-    for k0 in range(0, WHOLE, BLOCK_K):
+    # The maximum over threads comes after the loop, so that its loads need not wait for one another.
+    largest_KM = tl.zeros((BLOCK_K, BLOCK_M), tl.float32)
+    for k0 in tl.range(0, WHOLE, BLOCK_K, num_stages=4):
         k_K = k0 + tl.arange(0, BLOCK_K)
         x_KM = _tokens(x, x_row_M - whole, x_in_M, k_K, WHOLE, BLOCK_K).to(tl.float32)
-        largest_M = tl.maximum(largest_M, tl.max(tl.abs(x_KM), 0))
-    x_scale_M = tl.div_rn(largest_M, INT8_MAX)
+        largest_KM = tl.maximum(largest_KM, tl.abs(x_KM))
+    x_scale_M = tl.div_rn(tl.max(largest_KM, 0), INT8_MAX)
     divisor_KM = tl.broadcast_to(tl.maximum(x_scale_M, TINY)[None, :], BLOCK_K, BLOCK_M)
     sum_NM = tl.zeros((BLOCK_N, BLOCK_M), tl.int32)
     for k0 in range(0, K, BLOCK_K):
@@ -187,3 +192,9 @@ def gate_up_rows(n, up, BLOCK_N: tl.constexpr):
 def scales_per_row(inputs: int, group: int, form: str) -> int:
     """Scales of a row of so many inputs: int8 has one."""
     return {"fp8": -(-inputs // 128), "int4": inputs // group}.get(form, 1)
+
+
+@triton.constexpr_function
+def padded(count: int) -> int:
+    """The power of two from ``count`` on: as many elements a tensor may have."""
+    return 1 << max(count - 1, 0).bit_length()
