@@ -126,3 +126,7 @@ def serve(
             rows.append(ServeRow(**made | row))
     settings = settings or ServeSettings("vllm 0.32.0", "vllm bench 0.32.0", "short-chat", "7" * 64, 99, 256, 128, {})
     return Result("serve", head or run(), settings, rows)
+
+
+def model(**changes: Any) -> Run:
+    return run(model=replace(MODEL, **changes))
