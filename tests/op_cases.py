@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 import ops
-from ops import cpu, quantise, reference
+from ops import cpu, fused, quantise, reference
 
 BF16, FP32 = torch.bfloat16, torch.float32
 UNIT = {BF16: 2.0**-8, FP32: 1e-5}
@@ -105,18 +105,18 @@ def op_cases(dtype: torch.dtype) -> dict[str, tuple[Any, ...]]:
 
 def run(name: str, function: Callable[..., Any], args: tuple[Any, ...]) -> list[Tensor]:
     """What an op returns, and for the one that writes, what it wrote; the arguments are left alone."""
-    if name == "rope_to_cache":
+    writes = name in ("rope_to_cache", "cached_attention")
+    if writes:
         args = (*args[:5], args[5].clone(), args[6].clone(), *args[7:])
     results = flat(function(*args))
-    return [*results, args[5], args[6]] if name == "rope_to_cache" else results
+    return [*results, args[5], args[6]] if writes else results
 
 
 def same(name: str, args: tuple[Any, ...], dtype: torch.dtype) -> None:
     """The op gives what the reference gives in fp32 for the same arguments, as whole tensors, to two roundings."""
     wide = tuple(a.float() if isinstance(a, Tensor) and a.is_floating_point() else a for a in args)
-    for actual, exact in zip(
-        run(name, getattr(ops, name), args), run(name, getattr(reference, name), wide), strict=True
-    ):
+    definition = getattr(reference, name, None) or getattr(fused, name)
+    for actual, exact in zip(run(name, getattr(ops, name), args), run(name, definition, wide), strict=True):
         assert actual.shape == exact.shape
         assert torch.equal(actual.isnan(), exact.isnan())
         distance = (actual.float() - exact).nan_to_num().norm()
