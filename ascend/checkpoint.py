@@ -63,12 +63,15 @@ def _os_errors() -> Iterator[None]:
 
 
 @_os_errors()
-def open_checkpoint(path: str | Path) -> Checkpoint:
-    """Check a checkpoint directory and list its tensors. Raises `UserError` that names the file and the tensor."""
+def open_checkpoint(path: str | Path, beside_pickles: bool = False) -> Checkpoint:
+    """Check a checkpoint directory and list its tensors. Raises `UserError` that names the file and the tensor.
+
+    A directory that holds a pickle is refused, unless ``beside_pickles``: for one who only reads the safetensors.
+    """
     path = Path(path)
     config = read_config(path)
     for file in sorted(path.iterdir()):
-        if file.suffix.lower() in PICKLE_SUFFIXES:
+        if file.suffix.lower() in PICKLE_SUFFIXES and not beside_pickles:
             raise UserError(
                 f"{file}: a pickle can run code when it is opened, so a directory that holds one is not served; "
                 "convert it to safetensors or remove it"
