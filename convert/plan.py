@@ -38,7 +38,8 @@ class Request:
 
     def as_json(self) -> dict[str, Any]:
         """Plain values, for the manifest and the journal."""
-        return json.loads(json.dumps(asdict(self)))  # type: ignore[no-any-return]
+        values: dict[str, Any] = json.loads(json.dumps(asdict(self)))
+        return values
 
 
 @dataclass(frozen=True)

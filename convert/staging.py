@@ -30,9 +30,9 @@ def staged_directory(target: Path, replace: bool = False) -> Iterator[Path]:
         raise UserError(f"cannot write to {target.parent}: {error.strerror}") from None
     try:
         yield staging
-        _make_durable(staging)
+        make_durable(staging)
         _publish(staging, target, replace)
-        _sync(target.parent)
+        sync(target.parent)
     except OSError as error:
         raise UserError(f"cannot write {target}: {error.strerror or error}") from None
     finally:
@@ -70,15 +70,15 @@ def _same_files(left: Path, right: Path) -> bool:
     return not mismatch and not errors
 
 
-def _make_durable(directory: Path) -> None:
+def make_durable(directory: Path) -> None:
     for file in directory.iterdir():
         file.chmod(FILE_MODE)
-        _sync(file)
+        sync(file)
     directory.chmod(DIRECTORY_MODE)
-    _sync(directory)
+    sync(directory)
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -71,14 +71,14 @@ def outputs(
         return Output(name, "values", "F8_E4M3", shape), Output(f"{module}.weight_scale_inv", "scale", "F32", blocks)
     if stored == "w8a8":
         channel = (rows, 1)
-        if layout == "modelslim":  # it reads both as fp32 (vllm_ascend quantization/methods/w8a8_dynamic.py)
-            scale = (
-                Output(f"{module}.weight_scale", "scale", "F32", channel),
-                Output(f"{module}.weight_offset", "offset", "F32", channel),
-            )
-        else:
-            scale = (Output(f"{module}.weight_scale", "scale", plain_dtype, channel),)
-        return Output(name, "values", "I8", shape), *scale
+        values = Output(name, "values", "I8", shape)
+        if layout != "modelslim":
+            return values, Output(f"{module}.weight_scale", "scale", plain_dtype, channel)
+        return (  # it reads both as fp32 (vllm_ascend quantization/methods/w8a8_dynamic.py)
+            values,
+            Output(f"{module}.weight_scale", "scale", "F32", channel),
+            Output(f"{module}.weight_offset", "offset", "F32", channel),
+        )
     return (
         Output(f"{module}.weight_packed", "values", "I32", (rows, columns // 8)),
         Output(f"{module}.weight_scale", "scale", plain_dtype, (rows, columns // group)),
