@@ -42,7 +42,7 @@ def layer_of(name: str) -> int | None:
 
 
 def tensor_class(name: str) -> str:
-    """Return the class of a tensor of this architecture (a name of `CLASSES`), "other" for a name that is none of it."""
+    """Return the class of a tensor of this architecture, a name of `CLASSES`; "other" for an unknown name."""
     match = _LAYER.match(name)
     rest = match[2] if match else name
     return next((known for pattern, known in _PATTERNS if pattern.match(rest)), "other")

@@ -96,8 +96,8 @@ class Journal:
             return {}
         if lines[0] != _line(what):
             raise UserError(
-                f"{self.path} holds another conversion that was not finished (other options, or the source has changed): "
-                "give the same command again to finish it, or --restart to begin anew"
+                f"{self.path} holds another conversion that was not finished (other options, or the source has "
+                "changed): give the same command again to finish it, or --restart to begin anew"
             )
         finished = {}
         for line in lines[1:-1]:  # what follows the last line break was being written when it ended

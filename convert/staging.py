@@ -71,6 +71,7 @@ def _same_files(left: Path, right: Path) -> bool:
 
 
 def make_durable(directory: Path) -> None:
+    """Give a directory and its files their modes and bring them to the disk."""
     for file in directory.iterdir():
         file.chmod(FILE_MODE)
         sync(file)
@@ -79,6 +80,7 @@ def make_durable(directory: Path) -> None:
 
 
 def sync(path: Path) -> None:
+    """Bring a file, or the names in a directory, to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

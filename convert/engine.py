@@ -1,0 +1,180 @@
+"""A conversion from beginning to end: plan, take the target, make its files, describe them, give it its name.
+
+plan ─► target free? ─► room on the disk? ─► files of weights, each recorded ─► others, manifest ─► rename
+                 └── killed anywhere here: the same command goes on with what is recorded ──┘
+"""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ascend.checkpoint import Checkpoint, open_checkpoint
+from ascend.errors import UserError
+from ascend.progress import Progress
+from convert.carried import Beside, beside, write_beside
+from convert.demo_tokenizer import to_json
+from convert.journal import Journal
+from convert.manifest import MANIFEST, FileRecord, read_manifest, write_manifest
+from convert.plan import Plan, Request, Shard, plan
+from convert.quality import PLOT, REPORT, by_class, plot, report
+from convert.shard import ShardResult
+from convert.source import change_times, fingerprint
+from convert.workers import Work, run
+
+BESIDE_BYTES = 64 << 20  # room for files that are no weights: tokenizer, index, report
+
+
+@dataclass(frozen=True)
+class Job:
+    """A conversion that was checked and planned, and not begun."""
+
+    checkpoint: Checkpoint
+    target: Path
+    plan: Plan
+    beside: Beside
+    fingerprint: str
+
+    @property
+    def source(self) -> dict[str, Any]:
+        """What the manifest says of the source."""
+        return {"name": self.checkpoint.path.resolve().name, "fingerprint": self.fingerprint}
+
+
+@dataclass(frozen=True)
+class Converted:
+    """What came of it. ``seconds`` and ``reused`` files are this run's; ``report`` None: it was there already."""
+
+    target: Path
+    nbytes: int
+    seconds: float
+    reused: int
+    report: dict[str, Any] | None
+
+
+def prepare(source: Path, target: Path, request: Request) -> Job:
+    """Check and plan. Raises `UserError` for a source that is no whole checkpoint, or an impossible target."""
+    checkpoint = open_checkpoint(source, beside_pickles=True)
+    if not target.parent.is_dir():
+        raise UserError(f"{target.parent} is no directory: make it first, or give another place")
+    if target.exists() and not target.is_dir():
+        raise UserError(f"{target} is a file: give a directory that does not exist yet")
+    if target.resolve().is_relative_to(source.resolve()):
+        raise UserError(f"{target} lies in the source {source}: give another place")
+    return Job(checkpoint, target, plan(checkpoint, request), beside(checkpoint), fingerprint(checkpoint))
+
+
+def convert(
+    job: Job,
+    workers: int = 1,
+    restart: bool = False,
+    said: Callable[[str], None] = lambda line: None,
+    finish: Callable[[Path], None] = lambda directory: None,
+) -> Converted:
+    """Do it, all or nothing: the target appears when every byte of it is on the disk.
+
+    workers: processes. restart: begin anew where another conversion to this target was not finished. said: told a line
+    per file. finish: called with the directory when all is in it but the report's name, to check or sign it.
+
+    Raises `UserError`, one line, whatever goes wrong; finished files stay beside the target for the same command.
+    """
+    begun = time.monotonic()
+    if _is_there(job):
+        return Converted(job.target, job.plan.nbytes, 0.0, len(job.plan.shards), None)
+    what = {"plan": job.plan.sha256(job.fingerprint), "source": change_times(job.checkpoint)}
+    with Journal(job.target, what, restart) as journal:
+        if _is_there(job):
+            journal.discard()
+            return Converted(job.target, job.plan.nbytes, 0.0, len(job.plan.shards), None)
+        reused = len(journal.finished)
+        try:
+            _check_room(job, journal)
+            _make_files(job, journal, workers, said)
+            if what["source"] != change_times(job.checkpoint):
+                raise UserError(f"{job.checkpoint.path} changed while it was read: give the command with --restart")
+            described = _describe(job, journal)
+            finish(journal.files)
+            journal.publish(job.target)
+        except OSError as error:
+            journal.discard_partial()
+            raise UserError(f"cannot write {job.target}: {error.strerror or error}") from None
+        except BaseException:
+            journal.discard_partial()
+            raise
+    return Converted(job.target, job.plan.nbytes, time.monotonic() - begun, reused, described)
+
+
+def _is_there(job: Job) -> bool:
+    """Whether the target is this very conversion, finished. Raises `UserError` if it is anything else."""
+    if not job.target.is_dir() or not any(job.target.iterdir()):
+        return False
+    if (job.target / MANIFEST).is_file():
+        manifest = read_manifest(job.target)
+        if (manifest.command, manifest.source) == (job.plan.request.as_json(), job.source):
+            return True
+    raise UserError(f"{job.target} is not empty: it is never overwritten, give another directory")
+
+
+def _check_room(job: Job, journal: Journal) -> None:
+    """Refuse at once what would fail after hours."""
+    missing = sum(shard.nbytes for shard in _missing(job, journal)) + BESIDE_BYTES
+    free = shutil.disk_usage(journal.path).free
+    if missing > free:
+        raise UserError(
+            f"{job.target.parent} has {free / 1e9:.2f} GB free, {missing / 1e9:.2f} GB ({missing:,} bytes) are needed "
+            f"for {job.target.name}: make room, or give another place"
+        )
+
+
+def _missing(job: Job, journal: Journal) -> list[Shard]:
+    return [shard for shard in job.plan.shards if shard.file not in journal.finished]
+
+
+def _make_files(job: Job, journal: Journal, workers: int, said: Callable[[str], None]) -> None:
+    missing = _missing(job, journal)
+    if len(missing) < len(job.plan.shards):
+        said(f"{len(job.plan.shards) - len(missing)} of {len(job.plan.shards)} files are there from an earlier run")
+    group = _group(job.plan)
+    work = Work(journal.files, group, None)
+    total = sum(shard.source_bytes for shard in missing)
+    begun, read = time.monotonic(), 0
+    with Progress(f"{job.plan.request.target} {job.target.name}", total) as progress:
+        for result in run(work, missing, workers, progress.advance):
+            journal.finish(result)
+            read += next(shard.source_bytes for shard in missing if shard.file == result.file)
+            said(_line(result, len(journal.finished), len(job.plan.shards), read, total, time.monotonic() - begun))
+
+
+def _group(plan: Plan) -> int:
+    """Inputs per int4 scale: those of any weight, they are the same for all."""
+    for item in plan.items():
+        if item.to == "w4a16":
+            return item.source.shape[1] // item.outputs[1].shape[1]
+    return 0
+
+
+def _line(result: ShardResult, done: int, files: int, read: int, total: int, seconds: float) -> str:
+    rate = read / seconds
+    left = (total - read) / rate
+    return (
+        f"{result.file}: {result.nbytes / 1e9:.2f} GB written, {done} of {files} files, "
+        f"{rate / 1e9:.2f} GB/s read, {left:.0f} s left"
+    )
+
+
+def _describe(job: Job, journal: Journal) -> dict[str, Any]:
+    """Write all that is no weights, and the manifest. Returns the report."""
+    directory = journal.files
+    errors = {name: one for shard in job.plan.shards for name, one in journal.finished[shard.file].errors.items()}
+    described = report(job.plan, errors, job.beside.left_out)
+    write_beside(directory, job.checkpoint, job.plan, job.beside)
+    (directory / REPORT).write_text(to_json(described), encoding="utf-8")
+    if errors:
+        plot(directory / PLOT, by_class(job.plan, errors))
+    known = {result.file: FileRecord(result.sha256, result.nbytes) for result in journal.finished.values()}
+    write_manifest(directory, command=job.plan.request.as_json(), source=job.source, known=known)
+    return described
