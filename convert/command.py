@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import os
 import signal
@@ -10,17 +11,17 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
-from typing import Any, NoReturn
+from typing import Any
 
-from ascend.errors import UserError, suggest
-from convert.engine import Converted, Job, convert, prepare
+from ascend.checkpoint import read_config
+from convert.arguments import Parser
+from convert.engine import Converted, Job, Steps, convert, prepare
 from convert.plan import Request
 from convert.quality import by_class, gigabytes, table
 from convert.sharding import NOT_SHARDED, Sharding
 from convert.sizes import parse_size
 from convert.targets import LAYOUTS, TARGETS
 
-MOST_WORKERS = 8  # by default: more only wait for the disk
 SIGTERM_CODE = 143
 
 
@@ -28,8 +29,10 @@ def main(argv: Sequence[str]) -> int:
     """Run `python -m convert TARGET SRC DST`; ``argv`` begins with the target."""
     name, *rest = argv
     args = _arguments(name, rest)
-    request = _request(name, args)
-    job = prepare(Path(os.path.abspath(args.source)), Path(os.path.abspath(args.target)), request)
+    source, target = Path(os.path.abspath(args.source)), Path(os.path.abspath(args.target))
+    config = read_config(source)
+    texts = _texts(getattr(args, "calibrate", None), source)
+    job = prepare(source, target, _request(name, args, config, texts))
     if args.dry_run:
         _print_plan(job, args.json)
         return 0
@@ -41,7 +44,7 @@ def main(argv: Sequence[str]) -> int:
 
     signal.signal(signal.SIGTERM, stop)
     try:
-        done = convert(job, args.workers, args.restart, lambda line: print(line, file=sys.stderr, flush=True))
+        done = convert(job, args.workers, args.restart, _say, _steps(args, job, texts))
     except KeyboardInterrupt:
         print("interrupted: finished files stay, the same command goes on with the next", file=sys.stderr)
         return SIGTERM_CODE if stopped else 130
@@ -49,46 +52,77 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}; see `{self.prog} --help`")
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def _texts(file: str | None, source: Path) -> list[list[int]]:
+    if file is None:
+        return []
+    from convert.texts import read_texts
+
+    return read_texts(Path(file), source)
+
+
+def _steps(args: argparse.Namespace, job: Job, texts: list[list[int]]) -> Steps:
+    """Turn flags into what is done besides; whatever can be refused is refused here, before hours of work."""
+    calibration = check = signing = None
+    if texts:
+        from convert.calibrate import calibrate
+
+        def calibration(file: Path) -> dict[str, Any]:
+            return calibrate(job.checkpoint, texts, job.plan, file, _say).as_json()
+
+    if args.check is not None:
+        from convert.check import check_fits, compare_logits
+
+        prompts = _texts(args.check, job.checkpoint.path)
+        check_fits(job.checkpoint, prompts)
+
+        def check(directory: Path) -> dict[str, Any]:
+            return compare_logits(job.checkpoint.path, directory, prompts)
+
+    if args.sign is not None:
+        from convert.signature import private_key, sign
+
+        key = Path(args.sign)
+        private_key(key)
+
+        def signing(directory: Path) -> None:
+            sign(directory, key)
+
+    return Steps(calibration, check, signing)
 
 
 def _arguments(name: str, argv: Sequence[str]) -> argparse.Namespace:
-    parser = _Parser(
-        prog=f"python -m convert {name}",
-        description=f"{TARGETS[name].what}. All or nothing; the same command goes on after a break.",
-        allow_abbrev=False,
-    )
+    parser = Parser(name, f"{TARGETS[name].what}. All or nothing; the same command goes on after a break.")
     add = parser.add_argument
     add("source", metavar="SRC", help="a checkpoint: BF16, FP16, FP32, FP8 in blocks, compressed-tensors or ModelSlim")
     add("target", metavar="DST", help="a directory that does not exist yet; it appears when it is whole")
-    add("--workers", type=_positive, default=_cores(), metavar="N", help="processes (default: %(default)s)")
+    add("--workers", type=_positive, metavar="N", help="processes (default: by cores and size, at most 8)")
     add("--ignore", action="append", default=[], metavar="GLOB", help="modules to leave as they are; may be repeated")
     add("--shard", metavar="ep=N", help="experts of each of N ranks in files of their own")
     add("--max-shard-size", default="4GB", metavar="SIZE", help="largest file (default %(default)s)")
     if name == "w8a8":
         add("--format", choices=LAYOUTS, default=LAYOUTS[0], help="modelslim: vLLM-Ascend's own (default %(default)s)")
+    if name == "w4a16":
+        add("--calibrate", metavar="FILE", help="prompts, a line each or .jsonl with `text`: scale by what they excite")
+    add("--check", metavar="FILE", help="compare logits with the source's on these prompts; both must fit in memory")
+    add("--sign", metavar="KEY", help="sign the manifest with this Ed25519 private key (PEM)")
     add("--dry-run", action="store_true", help="print what would be done, and stop")
     add("--restart", action="store_true", help="begin anew where another conversion to DST was not finished")
     add("--json", action="store_true", help="end the output with one JSON document")
-    args, unknown = parser.parse_known_args(argv)
-    if unknown:
-        known = [option for action in parser._actions for option in action.option_strings]
-        raise UserError(f"unknown argument '{unknown[0]}'{suggest(unknown[0].split('=')[0], known)}; see --help")
-    return args
+    return parser.read(argv)
 
 
-def _request(name: str, args: argparse.Namespace) -> Request:
-    from ascend.checkpoint import read_config
-
-    sharding = Sharding.parse(args.shard, read_config(Path(args.source))) if args.shard else NOT_SHARDED
+def _request(name: str, args: argparse.Namespace, config: dict[str, Any], texts: list[list[int]]) -> Request:
     return Request(
         name,
         getattr(args, "format", LAYOUTS[0]),
         tuple(sorted(set(args.ignore))),
         parse_size(args.max_shard_size),
-        sharding,
+        Sharding.parse(args.shard, config) if args.shard else NOT_SHARDED,
+        hashlib.sha256(json.dumps(texts).encode()).hexdigest() if texts else None,
     )
 
 
@@ -96,10 +130,6 @@ def _positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"'{text}' is not a number of processes")
     return int(text)
-
-
-def _cores() -> int:
-    return min(MOST_WORKERS, len(os.sched_getaffinity(0)))
 
 
 def _print_plan(job: Job, as_json: bool) -> None:
@@ -126,6 +156,8 @@ def _print_result(job: Job, done: Converted, as_json: bool) -> None:
         if done.report["worst"]:
             worst = done.report["worst"][0]
             print(f"worst tensor: {worst['tensor']}, mean error {worst['mean_relative_error']:.2%}")
+        if "logits" in done.report:
+            print("logits: " + ", ".join(f"{key} {value}" for key, value in done.report["logits"].items()))
         print(f"{done.target}: {gigabytes(done.nbytes)} in {done.seconds:.1f} s; `python -m convert verify` checks it")
         document["report"] = done.report
     if as_json:

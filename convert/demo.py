@@ -21,7 +21,7 @@ from typing import Any, NoReturn
 from ascend.errors import UserError, suggest
 from convert.demo_config import CONFIG_ONLY, DTYPES, MARKER, NOTE, SIZES, demo_config, generation_config
 from convert.demo_tokenizer import to_json, tokenizer_files
-from convert.demo_weights import write_weights
+from convert.demo_weights import KINDS, write_weights
 from convert.shapes import count, tensor_shapes
 from convert.staging import staged_directory
 
@@ -48,6 +48,7 @@ def write_demo(
     seed: int = 0,
     dtype: str = "bf16",
     *,
+    weights: str = "gaussian",
     yarn: float | None = None,
     max_shard_size: str = "512MB",
     force: bool = False,
@@ -62,6 +63,7 @@ def write_demo(
         size: ``tiny`` (2.6 M parameters), ``small`` (0.5 B), ``ling-mini``, ``ling-flash`` (no weights).
         seed: chooses the weights.
         dtype: ``bf16`` or ``fp32``.
+        weights: ``gaussian``, or ``heavy``: with the tails, rows and outlier channels of trained ones (`demo_heavy`).
         yarn: extend the context by this factor with YaRN.
         max_shard_size: as in transformers, ``"512MB"``; a larger checkpoint is split into shards with an index.
         force: replace a demo that is there; anything else is never overwritten.
@@ -72,7 +74,11 @@ def write_demo(
         UserError: the arguments do not fit together, or the directory cannot be written.
     """
     start = time.monotonic()
+    if weights not in KINDS:
+        raise UserError(f"unknown weights '{weights}'{suggest(weights, KINDS)}; there is {', '.join(KINDS)}")
     config, tokens = demo_config(size, seed, dtype, yarn, config_overrides)
+    if weights != KINDS[0]:
+        config[MARKER]["weights"] = weights
     shapes = {} if size in CONFIG_ONLY else tensor_shapes(config)
     parameters, weight_bytes = count(shapes)
     max_shard_bytes = _parse_size(max_shard_size)
@@ -89,7 +95,7 @@ def write_demo(
         for name, text in texts.items():
             (staging / name).write_text(text, encoding="utf-8")
         if shapes:
-            write_weights(staging, shapes, seed, tokens, max_shard_bytes, progress)
+            write_weights(staging, shapes, seed, tokens, max_shard_bytes, progress, weights, config["num_hidden_layers"])
     return Demo(str(target), size, seed, dtype, parameters, weight_bytes, round(time.monotonic() - start, 3))
 
 
@@ -108,6 +114,9 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("dir", metavar="DIR", help="directory to make")
     parser.add_argument("--size", default="tiny", metavar="|".join(SIZES), help="ling-*: config and tokenizer only")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="chooses the weights (default 0)")
+    parser.add_argument(
+        "--weights", default=KINDS[0], metavar="|".join(KINDS), help="heavy: with the outliers of trained weights"
+    )
     parser.add_argument("--dtype", default="bf16", metavar="|".join(DTYPES), help="default bf16")
     parser.add_argument("--mtp", type=int, metavar="N", help="number of MTP layers (default 1; ling-*: 0)")
     parser.add_argument("--yarn", type=float, metavar="FACTOR", help="extend the context with YaRN by this factor")
@@ -126,6 +135,7 @@ def main(argv: Sequence[str]) -> int:
         args.size,
         args.seed,
         args.dtype,
+        weights=args.weights,
         yarn=args.yarn,
         max_shard_size=args.max_shard_size,
         force=args.force,
@@ -175,6 +185,8 @@ def _parse_size(text: str) -> int:
 
 def _readme(marker: dict[str, Any], dtype: str, parameters: int) -> str:
     what = f"{parameters:,} parameters, {dtype}" if parameters else "config and tokenizer only"
+    if "weights" in marker:
+        what += f", weights drawn with {marker['weights']} tails"
     return (
         f"# Demo checkpoint ({marker['size']}, seed {marker['seed']})\n\n**{NOTE}**\n\n"
         f"BailingMoeV2 architecture, {what}. Made by `python -m convert demo`; the same command makes the same bytes.\n"

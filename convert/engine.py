@@ -6,6 +6,8 @@ plan ─► target free? ─► room on the disk? ─► files of weights, each 
 
 from __future__ import annotations
 
+import json
+import os
 import shutil
 import time
 from collections.abc import Callable
@@ -19,13 +21,16 @@ from ascend.progress import Progress
 from convert.carried import Beside, beside, write_beside
 from convert.demo_tokenizer import to_json
 from convert.journal import Journal
-from convert.manifest import MANIFEST, FileRecord, read_manifest, write_manifest
+from convert.manifest import MANIFEST, FileRecord, read_manifest, write_manifest, write_whole
 from convert.plan import Plan, Request, Shard, plan
 from convert.quality import PLOT, REPORT, by_class, plot, report
 from convert.shard import ShardResult
 from convert.source import change_times, fingerprint
 from convert.workers import Work, run
 
+MOST_WORKERS = 8  # unless told otherwise: more only wait for the disk
+BYTES_WORTH_A_WORKER = 10**9  # one takes seconds to start
+SCALES, CALIBRATION = "scales.safetensors", "calibration.json"  # in the work directory
 BESIDE_BYTES = 64 << 20  # room for files that are no weights: tokenizer, index, report
 
 
@@ -43,6 +48,20 @@ class Job:
     def source(self) -> dict[str, Any]:
         """What the manifest says of the source."""
         return {"name": self.checkpoint.path.resolve().name, "fingerprint": self.fingerprint}
+
+
+@dataclass(frozen=True)
+class Steps:
+    """What a conversion does besides, where it is asked for.
+
+    calibrate: writes the file of factors (`convert.scaling`) it is given, returns what the report says of it. check:
+    looks at the directory with weights and config in it, returns the report's part on logits. sign: called last, when
+    the manifest is there.
+    """
+
+    calibrate: Callable[[Path], dict[str, Any]] | None = None
+    check: Callable[[Path], dict[str, Any]] | None = None
+    sign: Callable[[Path], None] | None = None
 
 
 @dataclass(frozen=True)
@@ -70,15 +89,15 @@ def prepare(source: Path, target: Path, request: Request) -> Job:
 
 def convert(
     job: Job,
-    workers: int = 1,
+    workers: int | None = None,
     restart: bool = False,
     said: Callable[[str], None] = lambda line: None,
-    finish: Callable[[Path], None] = lambda directory: None,
+    steps: Steps = Steps(),
 ) -> Converted:
     """Do it, all or nothing: the target appears when every byte of it is on the disk.
 
-    workers: processes. restart: begin anew where another conversion to this target was not finished. said: told a line
-    per file. finish: called with the directory when all is in it but the report's name, to check or sign it.
+    workers: processes, None chooses by cores and size. restart: begin anew where another conversion to this target was
+    not finished. said: told a line per file.
 
     Raises `UserError`, one line, whatever goes wrong; finished files stay beside the target for the same command.
     """
@@ -93,11 +112,13 @@ def convert(
         reused = len(journal.finished)
         try:
             _check_room(job, journal)
-            _make_files(job, journal, workers, said)
+            calibration = _calibrated(journal, steps)
+            _make_files(job, journal, workers, said, calibration)
             if what["source"] != change_times(job.checkpoint):
                 raise UserError(f"{job.checkpoint.path} changed while it was read: give the command with --restart")
-            described = _describe(job, journal)
-            finish(journal.files)
+            described = _describe(job, journal, calibration, steps)
+            if steps.sign is not None:
+                steps.sign(journal.files)
             journal.publish(job.target)
         except OSError as error:
             journal.discard_partial()
@@ -134,13 +155,31 @@ def _missing(job: Job, journal: Journal) -> list[Shard]:
     return [shard for shard in job.plan.shards if shard.file not in journal.finished]
 
 
-def _make_files(job: Job, journal: Journal, workers: int, said: Callable[[str], None]) -> None:
+def _calibrated(journal: Journal, steps: Steps) -> dict[str, Any] | None:
+    """Make the factors, once, however often the work is broken off: their report is written when they are there."""
+    if steps.calibrate is None:
+        return None
+    report_file = journal.path / CALIBRATION
+    if not report_file.exists():
+        write_whole(report_file, to_json(steps.calibrate(journal.path / SCALES)))
+    found: dict[str, Any] = json.loads(report_file.read_text(encoding="utf-8"))
+    return found
+
+
+def _make_files(
+    job: Job,
+    journal: Journal,
+    workers: int | None,
+    said: Callable[[str], None],
+    calibration: dict[str, Any] | None,
+) -> None:
     missing = _missing(job, journal)
     if len(missing) < len(job.plan.shards):
         said(f"{len(job.plan.shards) - len(missing)} of {len(job.plan.shards)} files are there from an earlier run")
     group = _group(job.plan)
-    work = Work(journal.files, group, None)
+    work = Work(journal.files, group, journal.path / SCALES if calibration is not None else None)
     total = sum(shard.source_bytes for shard in missing)
+    workers = workers or min(MOST_WORKERS, len(os.sched_getaffinity(0)), 1 + total // BYTES_WORTH_A_WORKER)
     begun, read = time.monotonic(), 0
     with Progress(f"{job.plan.request.target} {job.target.name}", total) as progress:
         for result in run(work, missing, workers, progress.advance):
@@ -166,12 +205,16 @@ def _line(result: ShardResult, done: int, files: int, read: int, total: int, sec
     )
 
 
-def _describe(job: Job, journal: Journal) -> dict[str, Any]:
+def _describe(job: Job, journal: Journal, calibration: dict[str, Any] | None, steps: Steps) -> dict[str, Any]:
     """Write all that is no weights, and the manifest. Returns the report."""
     directory = journal.files
     errors = {name: one for shard in job.plan.shards for name, one in journal.finished[shard.file].errors.items()}
     described = report(job.plan, errors, job.beside.left_out)
     write_beside(directory, job.checkpoint, job.plan, job.beside)
+    if calibration is not None:
+        described["calibration"] = calibration
+    if steps.check is not None:
+        described["logits"] = steps.check(directory)
     (directory / REPORT).write_text(to_json(described), encoding="utf-8")
     if errors:
         plot(directory / PLOT, by_class(job.plan, errors))

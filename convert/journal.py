@@ -45,12 +45,13 @@ class Journal:
         self.files = self.path / FILES
         self.descriptor = self._hold()
         try:
-            self.finished = {} if restart else self._read(what)
-            self._clear()
+            found = None if restart else self._read(what)
+            self.finished = found or {}
+            self._clear(begin_anew=found is None)
             self.files.mkdir(mode=DIRECTORY_MODE, exist_ok=True)
-            self.stream = (self.path / JOURNAL).open("a" if self.finished else "w", encoding="utf-8")
+            self.stream = (self.path / JOURNAL).open("a", encoding="utf-8")
             os.chmod(self.path / JOURNAL, FILE_MODE)
-            if not self.finished:
+            if found is None:
                 self._append(what)
         except BaseException:
             os.close(self.descriptor)
@@ -89,11 +90,12 @@ class Journal:
         except (OSError, ValueError):
             return "another process"
 
-    def _read(self, what: dict[str, Any]) -> dict[str, ShardResult]:
+    def _read(self, what: dict[str, Any]) -> dict[str, ShardResult] | None:
+        """The files that are finished; None where nothing was begun."""
         file = self.path / JOURNAL
         lines = file.read_text(encoding="utf-8").split("\n") if file.exists() else []
-        if len(lines) < 2:  # not even the first line is whole: nothing was begun
-            return {}
+        if len(lines) < 2:  # not even the first line is whole
+            return None
         if lines[0] != _line(what):
             raise UserError(
                 f"{self.path} holds another conversion that was not finished (other options, or the source has "
@@ -109,12 +111,16 @@ class Journal:
                 finished[result.file] = result
         return finished
 
-    def _clear(self) -> None:
-        """Remove all but finished files: what was half written, and what another conversion has left."""
+    def _clear(self, begin_anew: bool) -> None:
+        """Remove what was half written; to ``begin_anew``, everything."""
         for entry in self.files.iterdir() if self.files.exists() else ():
             if entry.name not in self.finished:
                 entry.unlink()
-        if self.finished:  # a torn last line goes
+        if begin_anew:
+            for entry in self.path.iterdir():
+                if entry.name not in (HOLDER, FILES):
+                    entry.unlink()
+        else:  # a torn last line goes
             file = self.path / JOURNAL
             text = file.read_text(encoding="utf-8")
             file.write_text(text[: text.rfind("\n") + 1], encoding="utf-8")

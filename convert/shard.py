@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,6 +20,8 @@ from convert.source import TORCH_DTYPES, Reader
 from convert.targets import Output
 
 READ_AHEAD = 8  # weights
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
+KEPT_BYTES = 32 << 20  # the most that glibc takes
 
 
 @dataclass(frozen=True)
@@ -40,6 +43,7 @@ def convert_shard(
     nothing more can be written.
     """
     torch.set_num_threads(1)  # steps fit one core's cache; more cores are for more files
+    _keep_memory()
     errors = {}
     tensors = [output for item in shard.items for output in item.outputs]
     with Reader() as reader, ShardWriter(directory / shard.file, tensors) as writer:
@@ -52,6 +56,14 @@ def convert_shard(
                 errors[item.source.name] = _round(item, reader, writer, group, scales)
             advance(item.source.nbytes)
         return ShardResult(shard.file, writer.close(), writer.nbytes, errors)
+
+
+def _keep_memory() -> None:
+    """Let glibc keep what is freed: steps of a megabyte or two would come from the kernel anew each time."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        for setting in (M_TRIM_THRESHOLD, M_MMAP_THRESHOLD):
+            mallopt(setting, KEPT_BYTES)
 
 
 def _copy(item: Item, reader: Reader, writer: ShardWriter) -> None:

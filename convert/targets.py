@@ -74,7 +74,7 @@ def outputs(
         values = Output(name, "values", "I8", shape)
         if layout != "modelslim":
             return values, Output(f"{module}.weight_scale", "scale", plain_dtype, channel)
-        return (  # it reads both as fp32 (vllm_ascend quantization/methods/w8a8_dynamic.py)
+        return (  # scales of ours are numbers in the plain dtype, in which vLLM-Ascend keeps them: nothing is lost
             values,
             Output(f"{module}.weight_scale", "scale", "F32", channel),
             Output(f"{module}.weight_offset", "offset", "F32", channel),
@@ -100,8 +100,11 @@ def int4_group(columns: Iterable[int]) -> int:
 def quantization_config(target: Target, ignore: list[str], group: int = INT4_GROUP) -> dict[str, Any] | None:
     """Return what `config.json` says of a target, None for one that is plain.
 
-    ignore: the modules (names without ``.weight``) with a matrix that was not quantised.
+    ignore: the modules (names without ``.weight``) with a matrix that was not quantised, by full names: vLLM compares
+    them exactly (is_layer_skipped, should_ignore_layer).
     """
+    # SGLang asks for the fused module of a dense or shared MLP; vLLM takes either.
+    ignore = sorted({*ignore, *(name.replace(".up_proj", ".gate_up_proj") for name in ignore)})
     if target.stored == "fp8":
         return {
             "quant_method": "fp8",
@@ -113,7 +116,9 @@ def quantization_config(target: Target, ignore: list[str], group: int = INT4_GRO
     if target.stored == "w8a8":
         return _compressed_tensors("int-quantized", ignore, _scheme(8, "channel"), _scheme(8, "token", dynamic=True))
     if target.stored == "w4a16":
-        return _compressed_tensors("pack-quantized", ignore, _scheme(4, "group", group_size=group), None)
+        described = _compressed_tensors("pack-quantized", ignore, _scheme(4, "group", group_size=group), None)
+        # vLLM-Ascend 0.23 looks for it here, and takes 32 where it is not (quantization/methods/w4a16.py).
+        return described | {"group_size": group}
     return None
 
 
