@@ -22,11 +22,11 @@ from convert.carried import Beside, beside, write_beside
 from convert.demo_tokenizer import to_json
 from convert.journal import Journal
 from convert.manifest import MANIFEST, FileRecord, read_manifest, write_manifest, write_whole
-from convert.plan import Plan, Request, Shard, plan
+from convert.plan import Plan, Request, Shard, plain_dtype, plan
 from convert.quality import PLOT, REPORT, by_class, plot, report
-from convert.shard import ShardResult
+from convert.shard import ShardResult, Work
 from convert.source import change_times, fingerprint
-from convert.workers import Work, run
+from convert.workers import run
 
 MOST_WORKERS = 8  # unless told otherwise: more only wait for the disk
 BYTES_WORTH_A_WORKER = 10**9  # one takes seconds to start
@@ -176,8 +176,8 @@ def _make_files(
     missing = _missing(job, journal)
     if len(missing) < len(job.plan.shards):
         said(f"{len(job.plan.shards) - len(missing)} of {len(job.plan.shards)} files are there from an earlier run")
-    group = _group(job.plan)
-    work = Work(journal.files, group, journal.path / SCALES if calibration is not None else None)
+    scales = journal.path / SCALES if calibration is not None else None
+    work = Work(journal.files, plain_dtype(job.checkpoint), _group(job.plan), scales)
     total = sum(shard.source_bytes for shard in missing)
     workers = workers or min(MOST_WORKERS, len(os.sched_getaffinity(0)), 1 + total // BYTES_WORTH_A_WORKER)
     begun, read = time.monotonic(), 0

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -53,11 +54,13 @@ class Item:
 
     @property
     def is_copied(self) -> bool:
-        """Whether the bytes stay what they are."""
-        ours = {output.part: (output.dtype, output.shape) for output in self.outputs}
-        theirs = {part: (entry.dtype, entry.shape) for part, entry in self.source.entries()}
-        same = {part: ours.get(part) for part in theirs if part in ("values", "scale")}
-        return self.source.format == self.to and all(ours[part] == theirs[part] for part in same)
+        """Whether values stay the bytes that they are; a scale may get another dtype."""
+        ours = {output.part: output for output in self.outputs}
+        values, scale = ours["values"], ours.get("scale")
+        theirs = self.source.values
+        sizes = [math.prod(one.shape) for one in (self.source.scale, scale) if one is not None]
+        same_values = (theirs.dtype, theirs.shape) == (values.dtype, values.shape)
+        return self.source.format == self.to and same_values and len(set(sizes)) <= 1
 
     @property
     def nbytes(self) -> int:
@@ -117,7 +120,7 @@ def plan(checkpoint: Checkpoint, request: Request) -> Plan:
     quantised = [one for one in stored if _is_quantised(one, target) and one.name not in ignored]
     _check_fused(stored, {one.name for one in quantised}, target)
     group = int4_group([one.shape[1] for one in quantised]) if target.stored == "w4a16" and quantised else 0
-    half = _half(checkpoint)
+    half = plain_dtype(checkpoint)
     names = {one.name for one in quantised}
     items = []
     for one in stored:
@@ -139,8 +142,8 @@ def _is_linear(item: Item) -> bool:
     return len(item.source.shape) == 2 and item.kind != "embedding"
 
 
-def _half(checkpoint: Checkpoint) -> str:
-    """The dtype of the model's plain tensors: the embedding's."""
+def plain_dtype(checkpoint: Checkpoint) -> str:
+    """Return the dtype of the model's plain tensors, the embedding's. Raises `UserError` where there is none."""
     entry = checkpoint.tensors.get("model.word_embeddings.weight")
     if entry is None or entry.dtype not in PLAIN_DTYPES:
         raise UserError(f"{checkpoint.path}: tensor model.word_embeddings.weight is missing or not in {PLAIN_DTYPES}")

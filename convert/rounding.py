@@ -106,18 +106,21 @@ def check_beside(stored: StoredWeight, reader: Reader) -> None:
             )
 
 
-def rounded(weight_RI: Tensor, to: str, scale_dtype: torch.dtype, group: int) -> dict[str, Tensor]:
-    """Round rows of a weight: its parts by name ("values", "scale", "offset"), as the file has them."""
+def rounded(weight_RI: Tensor, to: str, dtype: torch.dtype, group: int) -> dict[str, Tensor]:
+    """Round rows of a weight: its parts by name, "values" and "scale".
+
+    dtype: of a plain weight, of the scales of integers. group: inputs per int4 scale.
+    """
     if to == PLAIN:
-        return {"values": weight_RI.to(scale_dtype)}
+        return {"values": weight_RI.to(dtype)}
     if to == "fp8":
         values, scale = quantise.fp8_weight(weight_RI)
         return {"values": values, "scale": scale}
     if to == "w4a16":
-        values, scale = quantise.int4_weight(weight_RI, group, scale_dtype)
+        values, scale = quantise.int4_weight(weight_RI, group, dtype)
         return {"values": values, "scale": scale}
-    values, scale = quantise.int8_weight(weight_RI, scale_dtype)
-    return {"values": values, "scale": scale.unsqueeze(-1), "offset": torch.zeros(len(scale), 1)}
+    values, scale = quantise.int8_weight(weight_RI, dtype)
+    return {"values": values, "scale": scale.unsqueeze(-1)}
 
 
 def restored(to: str, parts: dict[str, Tensor]) -> Tensor:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ascend.errors import UserError
+from ascend.stored import PLAIN
 from convert.plan import Item, Shard
 from convert.rounding import Errors, check_beside, check_finite, decoded, restored, rounded, steps
 from convert.scaling import Scales
@@ -25,6 +26,20 @@ KEPT_BYTES = 32 << 20  # the most that glibc takes
 
 
 @dataclass(frozen=True)
+class Work:
+    """What all files of a target share.
+
+    directory: where they go. plain_dtype: of the model where it is plain, to which scales of integers are rounded even
+    where a file holds them wider. group: inputs per int4 scale. scales: the file with a calibration's factors.
+    """
+
+    directory: Path
+    plain_dtype: str
+    group: int
+    scales: Path | None
+
+
+@dataclass(frozen=True)
 class ShardResult:
     """A finished file: its hash and size, and what rounding did to each of its weights, by name."""
 
@@ -35,25 +50,25 @@ class ShardResult:
 
 
 def convert_shard(
-    directory: Path, shard: Shard, group: int, scales: Scales, advance: Callable[[int], None] = lambda nbytes: None
+    work: Work, shard: Shard, scales: Scales, advance: Callable[[int], None] = lambda nbytes: None
 ) -> ShardResult:
-    """Write one file of the target into ``directory``; ``advance`` is told of bytes that were read.
+    """Write one file of the target; ``scales`` are those of ``work``, ``advance`` is told of bytes that were read.
 
-    group: inputs per int4 scale. Raises `UserError` for a source that cannot be read or holds NaN, `OSError` where
+    Raises `UserError` for a source that cannot be read or holds NaN, `OSError` where
     nothing more can be written.
     """
     torch.set_num_threads(1)  # steps fit one core's cache; more cores are for more files
     _keep_memory()
     errors = {}
     tensors = [output for item in shard.items for output in item.outputs]
-    with Reader() as reader, ShardWriter(directory / shard.file, tensors) as writer:
+    with Reader() as reader, ShardWriter(work.directory / shard.file, tensors) as writer:
         for number, item in enumerate(shard.items):
             reader.will_need(ahead.source.values for ahead in shard.items[number + 1 : number + 1 + READ_AHEAD])
             check_beside(item.source, reader)
             if item.is_copied and item.source.name not in scales:
                 _copy(item, reader, writer)
             else:
-                errors[item.source.name] = _round(item, reader, writer, group, scales)
+                errors[item.source.name] = _round(item, reader, writer, work, scales)
             advance(item.source.nbytes)
         return ShardResult(shard.file, writer.close(), writer.nbytes, errors)
 
@@ -81,13 +96,13 @@ def _copy(item: Item, reader: Reader, writer: ShardWriter) -> None:
             writer.put(output, begin, data)
 
 
-def _round(item: Item, reader: Reader, writer: ShardWriter, group: int, scales: Scales) -> Errors:
+def _round(item: Item, reader: Reader, writer: ShardWriter, work: Work, scales: Scales) -> Errors:
     found, source = Errors(), item.source
     outputs = {output.part: output for output in item.outputs}
-    scale_dtype = TORCH_DTYPES[outputs.get("scale", outputs["values"]).dtype]
+    dtype = TORCH_DTYPES[outputs["values"].dtype if item.to == PLAIN else work.plain_dtype]
     for begin, end in steps(source.shape[0], source.shape[1] if len(source.shape) > 1 else 1):
         weight = scales.apply(source.name, decoded(source, reader, begin, end), begin, end).float()
-        parts = rounded(weight, item.to, scale_dtype, group)
+        parts = rounded(weight, item.to, dtype, work.group)
         for part, data in parts.items():
             if part in outputs:
                 blocks = begin * outputs[part].shape[0] // source.shape[0] if part == "scale" else begin

@@ -10,28 +10,17 @@ import signal
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnProcess
 from multiprocessing.sharedctypes import Synchronized
-from pathlib import Path
 
 from ascend.errors import UserError
 from convert.plan import Shard
 from convert.scaling import Scales
-from convert.shard import ShardResult, convert_shard
+from convert.shard import ShardResult, Work, convert_shard
 
 SECONDS_BETWEEN_REPORTS = 0.2
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
-
-
-@dataclass(frozen=True)
-class Work:
-    """What all files share: where they go, inputs per int4 scale, and the file with factors of a calibration."""
-
-    directory: Path
-    group: int
-    scales: Path | None
 
 
 def run(work: Work, shards: Sequence[Shard], workers: int, advance: Callable[[int], None]) -> Iterator[ShardResult]:
@@ -43,7 +32,7 @@ def run(work: Work, shards: Sequence[Shard], workers: int, advance: Callable[[in
         scales = Scales.load(work.scales)
         for shard in shards:
             with _disk_errors(shard):
-                result = convert_shard(work.directory, shard, work.group, scales, advance)
+                result = convert_shard(work, shard, scales, advance)
             yield result
         return
     with _Pool(work, shards, min(workers, len(shards)), advance) as pool:
@@ -124,7 +113,7 @@ def _worker(work: Work, connection: Connection, read: Synchronized[int], parent:
             answer: ShardResult | UserError | str
             try:
                 with _disk_errors(shard):
-                    answer = convert_shard(work.directory, shard, work.group, scales, advance)
+                    answer = convert_shard(work, shard, scales, advance)
             except UserError as error:
                 answer = error
             except Exception:
