@@ -1,6 +1,6 @@
 """One file of the target: laid out before the first byte is written, filled row by row, in flat memory.
 
-The layout is that of the safetensors library (tensors by falling size of element, then by name, the header padded to
+The layout is that of the safetensors library (tensors by dtype, the widest first, then by name, the header padded to
 eight bytes), so that every tensor is aligned and a file is what the library would have written.
 """
 
@@ -15,13 +15,13 @@ from types import TracebackType
 import torch
 from torch import Tensor
 
-from ascend.checkpoint import DTYPE_BYTES
 from ascend.errors import UserError
 from convert.source import TORCH_DTYPES
 from convert.staging import FILE_MODE
 from convert.targets import Output
 
 PARTIAL = ".partial"
+ORDER = ("I64", "F32", "I32", "BF16", "F16", "F8_E4M3", "I8")  # that of the library's Dtype, backwards
 HASH_BYTES = 1 << 20
 
 
@@ -29,7 +29,7 @@ def header(tensors: list[Output]) -> tuple[bytes, dict[str, int]]:
     """Return a file's first bytes, and where in it each tensor begins."""
     entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
     offsets, end = {}, 0
-    for output in sorted(tensors, key=lambda one: (-DTYPE_BYTES[one.dtype], one.name)):
+    for output in sorted(tensors, key=lambda one: (ORDER.index(one.dtype), one.name)):
         offsets[output.name] = end
         entries[output.name] = {
             "dtype": output.dtype,
