@@ -138,11 +138,17 @@ def _print_plan(job: Job, as_json: bool) -> None:
     before, after = sum(one["bytes_before"] for one in classes.values()), plan.nbytes
     print(table(classes))
     print(f"{gigabytes(before)} in, {gigabytes(after)} out in {len(plan.shards)} files ({after:,} bytes)")
-    for what, why in job.beside.left_out.items():
-        print(f"left out: {what} ({why})")
+    _print_notes(job)
     if as_json:
         files = {shard.file: shard.nbytes for shard in plan.shards}
         print(json.dumps({"request": plan.request.as_json(), "classes": classes, "bytes": after, "files": files}))
+
+
+def _print_notes(job: Job) -> None:
+    for what, why in job.beside.left_out.items():
+        print(f"left out: {what} ({why})")
+    for note in job.notes:
+        print(f"note: {note}")
 
 
 def _print_result(job: Job, done: Converted, as_json: bool) -> None:
@@ -151,8 +157,7 @@ def _print_result(job: Job, done: Converted, as_json: bool) -> None:
         print(f"{done.target}: is there already, made by this very command")
     else:
         print(table(done.report["classes"]))
-        for what, why in job.beside.left_out.items():
-            print(f"left out: {what} ({why})")
+        _print_notes(job)
         if done.report["worst"]:
             worst = done.report["worst"][0]
             print(f"worst tensor: {worst['tensor']}, mean error {worst['mean_relative_error']:.2%}")

@@ -26,6 +26,7 @@ from convert.plan import Plan, Request, Shard, plain_dtype, plan
 from convert.quality import PLOT, REPORT, by_class, plot, report
 from convert.shard import ShardResult, Work
 from convert.source import change_times, fingerprint
+from convert.targets import TARGETS, notes
 from convert.workers import run
 
 MOST_WORKERS = 8  # unless told otherwise: more only wait for the disk
@@ -43,6 +44,11 @@ class Job:
     plan: Plan
     beside: Beside
     fingerprint: str
+
+    @property
+    def notes(self) -> list[str]:
+        """What to know of the target beforehand."""
+        return notes(TARGETS[self.plan.request.target], self.checkpoint.config)
 
     @property
     def source(self) -> dict[str, Any]:
@@ -209,7 +215,7 @@ def _describe(job: Job, journal: Journal, calibration: dict[str, Any] | None, st
     """Write all that is no weights, and the manifest. Returns the report."""
     directory = journal.files
     errors = {name: one for shard in job.plan.shards for name, one in journal.finished[shard.file].errors.items()}
-    described = report(job.plan, errors, job.beside.left_out)
+    described = report(job.plan, errors, job.beside.left_out, job.notes)
     write_beside(directory, job.checkpoint, job.plan, job.beside)
     if calibration is not None:
         described["calibration"] = calibration

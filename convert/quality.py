@@ -8,7 +8,7 @@ digits: the report of the same weights is the same text.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -86,7 +86,9 @@ def by_class(plan: Plan, errors: Mapping[str, Errors]) -> dict[str, ClassQuality
     return {name: found[name] for name in (*CLASSES, "other") if name in found}
 
 
-def report(plan: Plan, errors: Mapping[str, Errors], left_out: Mapping[str, str]) -> dict[str, Any]:
+def report(
+    plan: Plan, errors: Mapping[str, Errors], left_out: Mapping[str, str], notes: Sequence[str]
+) -> dict[str, Any]:
     """Return the report as plain values."""
     worst = sorted(errors, key=lambda name: (-mean_error(errors[name]), name))[:WORST]
     return {
@@ -101,6 +103,7 @@ def report(plan: Plan, errors: Mapping[str, Errors], left_out: Mapping[str, str]
             for name in worst
         ],
         "left_out": dict(left_out),
+        "notes": list(notes),
     }
 
 

@@ -6,12 +6,13 @@ What vLLM, vLLM-Ascend and SGLang ask of names, dtypes and `quantization_config`
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from ascend.checkpoint import DTYPE_BYTES
 from ascend.errors import UserError
+from ascend.model_shape import ModelShape
 from ascend.stored import FP8_BLOCK, PLAIN
 from convert.classes import MATRICES
 
@@ -120,6 +121,19 @@ def quantization_config(target: Target, ignore: list[str], group: int = INT4_GRO
         # vLLM-Ascend 0.23 looks for it here, and takes 32 where it is not (quantization/methods/w4a16.py).
         return described | {"group_size": group}
     return None
+
+
+def notes(target: Target, config: Mapping[str, Any]) -> list[str]:
+    """Return a line for each engine that will not load this model in this format, though `ascend` does."""
+    shape = ModelShape.from_config(config)
+    kv_rows, width = shape.num_key_value_heads * shape.head_dim, shape.moe_intermediate_size
+    # vLLM 0.32, quantization/utils/fp8_utils.py: every part of a fused projection begins on a block, so do experts.
+    if target.stored == "fp8" and (kv_rows % FP8_BLOCK or width % FP8_BLOCK):
+        return [
+            f"vLLM will not load it: the {kv_rows} rows of the keys and the experts' width of {width} would have to be "
+            f"multiples of {FP8_BLOCK}"
+        ]
+    return []
 
 
 def _compressed_tensors(
