@@ -1,4 +1,7 @@
-"""Checkpoint to model and back: one table of names, tensors read by mmap one at a time into their place."""
+"""Checkpoint to model and back: one table of names, tensors read by mmap one at a time into their place.
+
+Plain checkpoints and quantised ones alike: what is quantised is allocated so and filled with what is stored.
+"""
 
 from __future__ import annotations
 
@@ -6,8 +9,9 @@ import ctypes
 import json
 import math
 import mmap
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +25,17 @@ from ascend.config import BailingMoeV2AliasConfig, BailingMoeV2Config
 from ascend.devices import get_device
 from ascend.errors import UserError, suggest
 from ascend.model import BailingMoeV2ForCausalLM
+from ascend.module_formats import CONVERT, ModuleFormat, check_described, check_division, module_formats, take_formats
 from ascend.parallel import Parallel
-from ascend.pieces import Piece, checkpoint_pieces, checkpoint_tensors
+from ascend.pieces import Piece, checkpoint_pieces, checkpoint_tensors, units_of
 from ascend.progress import Progress
-from ascend.quantisation import check_format, check_on, quantise_model
+from ascend.quantisation import check_computes, check_format, check_on, quantise_model
+from ascend.stored import PLAIN, StoredWeight, stored_weights
 
 HUGE_PAGE_BYTES = 2 << 20
 
 DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
+STORED = DTYPES | {"I8": torch.int8, "I32": torch.int32, "I64": torch.int64, "F8_E4M3": torch.float8_e4m3fn}
 CONFIGS = {config.model_type: config for config in (BailingMoeV2Config, BailingMoeV2AliasConfig)}
 
 
@@ -42,10 +49,11 @@ def load_model(
 ) -> BailingMoeV2ForCausalLM:
     """Load a checkpoint directory in eval mode; calling the model then returns logits, fp32 ``[B, T, V]``.
 
-    ``dtype`` None keeps the stored one (that of the embedding table); the router is fp32 in every case. ``quantise``
-    ("w8a8", "w4a16", "fp8") rounds the weights once they are there. With ``parallel`` only this rank's part is read.
-    Raises `UserError` before anything is allocated if a file or tensor is missing, extra, damaged, or of wrong shape or
-    type.
+    ``dtype`` None keeps the stored one (that of the embedding table); the router is fp32 in every case. What is stored
+    quantised (`ascend.stored`) stays so, in memory too; ``quantise`` ("w8a8", "w4a16", "fp8") rounds the weights of a
+    plain checkpoint once they are there. With ``parallel`` only this rank's part is read. Raises `UserError` before
+    anything is allocated if a file or tensor is missing, extra, damaged, or of wrong shape or type, or in a format that
+    cannot be computed there; while reading, if what comes along with a quantised weight contradicts its format.
     """
     model = load(path, None, device, dtype, quantise, parallel)
     model.plain_logits = True
@@ -62,22 +70,27 @@ def load(
 ) -> BailingMoeV2ForCausalLM:
     """Load for `load_model` and `from_pretrained`: check everything, allocate on the device, then fill."""
     checkpoint = open_checkpoint(path)
-    if "quantization_config" in checkpoint.config:
-        raise UserError(f"{checkpoint.path}: a quantised checkpoint; this version loads BF16, FP16 and FP32 ones")
-    target = _torch_device(device)
+    check_described(checkpoint.path, checkpoint.config)
+    stored = stored_weights(checkpoint.tensors)
+    target, dtype = _torch_device(device), _dtype(dtype, checkpoint)
     config = config if config is not None else CONFIGS[checkpoint.config["model_type"]](**checkpoint.config)
     if quantise is not None:
         check_format(quantise)
-        check_on(target, _dtype(dtype, checkpoint), quantise, config, parallel or Parallel())
-    with _default_dtype(_dtype(dtype, checkpoint)), torch.device("meta"):
+        check_on(target, dtype, quantise, config, parallel or Parallel())
+    with _default_dtype(dtype), torch.device("meta"):
         model = BailingMoeV2ForCausalLM(config)
-        check_tensors(checkpoint, model)
+        check_tensors(checkpoint.path, stored, model)
+        formats = module_formats(model, stored)
         if parallel is not None:
             model = BailingMoeV2ForCausalLM(config, parallel)
+        if formats:
+            _check_formats(checkpoint.path, formats, target, dtype, quantise, model)
+            check_division(model, stored)
+            take_formats(model, formats)
     model.generation_config = _generation_config(checkpoint.path) or model.generation_config
     model = model.to_empty(device=target).requires_grad_(False).eval()
     _ask_for_huge_pages(model)
-    _fill(model, checkpoint)
+    _fill(model, stored, checkpoint.path.name)
     if config.norm_head and model.lm_head is not None:
         # As vLLM does at load: each column over the vocabulary gets unit length.
         weight = model.lm_head.weight
@@ -91,27 +104,48 @@ def load(
     return model
 
 
-def check_tensors(checkpoint: Checkpoint, model: BailingMoeV2ForCausalLM) -> None:
-    """Raise `UserError` unless the checkpoint has exactly the tensors of ``model`` (which may be on ``meta``)."""
+def _check_formats(
+    path: Path,
+    formats: Mapping[str, ModuleFormat],
+    device: torch.device,
+    dtype: torch.dtype,
+    quantise: str | None,
+    model: BailingMoeV2ForCausalLM,
+) -> None:
+    """Raise `UserError` if the device does not compute in what the checkpoint is stored in."""
+    names = {one.name for one in formats.values()}
+    if quantise is not None:
+        raise UserError(f"{path}: is quantised already ({', '.join(sorted(names))}); leave `quantise` away")
+    experts = {one.name for module, one in formats.items() if module.endswith(".experts")}
+    width = len(model.parallel.expert_width(model.config.moe_intermediate_size))
+    for name in sorted(names):
+        check_computes(device, dtype, name, width if name in experts else None, model.parallel, CONVERT)
+
+
+def check_tensors(path: Path, stored: Mapping[str, StoredWeight], model: BailingMoeV2ForCausalLM) -> None:
+    """Raise `UserError` unless a checkpoint has exactly the weights of ``model`` (whole, plain; ``meta`` will do)."""
     wanted = dict(checkpoint_tensors(model))
     for name, place in wanted.items():
-        entry = checkpoint.tensors.get(name)
-        if entry is None:
+        weight = stored.get(name)
+        if weight is None:
             if not _may_be_absent(name, model):
-                raise UserError(f"{checkpoint.path}: tensor {name} is missing from all files")
+                raise UserError(f"{path}: tensor {name} is missing from all files")
             continue
-        if entry.shape != tuple(place.shape):
+        if weight.shape != tuple(place.shape):
             raise UserError(
-                f"{entry.file}: tensor {name} has shape {list(entry.shape)}, config.json asks for {list(place.shape)}"
+                f"{weight.values.file}: tensor {name} has shape {list(weight.shape)}, "
+                f"config.json asks for {list(place.shape)}"
             )
-        if entry.dtype not in DTYPES:
-            raise UserError(f"{entry.file}: tensor {name} has dtype {entry.dtype}, expected one of {', '.join(DTYPES)}")
-    for name, entry in checkpoint.tensors.items():
+    for name, weight in stored.items():
         if name not in wanted and not (name == "lm_head.weight" and model.lm_head is None):
             raise UserError(
-                f"{entry.file}: tensor {name} has no place in the model of config.json{suggest(name, wanted)}"
+                f"{weight.values.file}: tensor {name} has no place in the model of config.json{suggest(name, wanted)}"
             )
-    halves = {entry.dtype: entry for entry in checkpoint.tensors.values() if entry.dtype in ("BF16", "F16")}
+        for end, entry in weight.beside:
+            if entry.dtype not in STORED:
+                raise UserError(f"{entry.file}: the {end} of tensor {name} has dtype {entry.dtype}, unknown here")
+    plain = [weight.values for weight in stored.values() if weight.format == PLAIN]
+    halves = {entry.dtype: entry for entry in plain if entry.dtype in ("BF16", "F16")}
     if len(halves) == 2:
         raise UserError(
             f"{halves['F16'].file}: holds F16 tensors, {halves['BF16'].file} BF16 ones; convert to one of them"
@@ -122,25 +156,46 @@ def _may_be_absent(name: str, model: BailingMoeV2ForCausalLM) -> bool:
     return name.endswith(".expert_bias") and not model.config.moe_router_enable_expert_bias
 
 
-def _fill(model: BailingMoeV2ForCausalLM, checkpoint: Checkpoint) -> None:
-    pieces = list(checkpoint_pieces(model))
-    for piece in pieces:
-        if piece.name not in checkpoint.tensors or piece.is_zero:
+def _fill(model: BailingMoeV2ForCausalLM, stored: Mapping[str, StoredWeight], name: str) -> None:
+    """Read what ``model`` holds of the stored weights, in the order of the files, and check what lies beside them."""
+    uses: list[tuple[TensorEntry, Callable[[Tensor], None]]] = []
+    beside: dict[str, StoredWeight] = {}
+    for piece in checkpoint_pieces(model):
+        weight = stored.get(piece.name)
+        if weight is None or piece.is_zero:
             piece.place.zero_()
-    stored = [(checkpoint.tensors[one.name], one) for one in pieces if one.name in checkpoint.tensors]
-    stored = [(entry, piece) for entry, piece in stored if not piece.is_zero]
-    stored.sort(key=lambda item: (item[0].file, item[0].offset))
+            continue
+        uses.append((dict(weight.entries())[piece.part], partial(_put, piece, weight)))
+        beside[weight.name] = weight
+    for weight in beside.values():
+        uses.extend((entry, partial(_check_beside, weight, end)) for end, entry in weight.beside)
+    uses.sort(key=lambda use: (use[0].file, use[0].offset))
     mapped: mmap.mmap | None = None
     file: Path | None = None
-    total = sum(entry.nbytes for entry, _ in stored)
-    with Progress(f"loading {checkpoint.path.name}", total) as progress, _one_thread():
-        for entry, piece in stored:
+    total = sum(entry.nbytes for entry, _ in uses)
+    with Progress(f"loading {name}", total) as progress, _one_thread():
+        for entry, use in uses:
             if entry.file != file or mapped is None:
                 file = entry.file
                 with file.open("rb") as stream:
                     mapped = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_COPY)
-            _copy(mapped, entry, piece)
+            _read(mapped, entry, use)
             progress.advance(entry.nbytes)
+
+
+def _put(piece: Piece, weight: StoredWeight, tensor: Tensor) -> None:
+    place, tensor = piece.place, piece.of(tensor, units_of(weight, piece.part))
+    if tensor.dtype is torch.float8_e4m3fn:  # bytes: no value of it is looked at
+        place, tensor = place.view(torch.uint8), tensor.view(torch.uint8)
+    place.copy_(tensor)
+
+
+def _check_beside(weight: StoredWeight, end: str, tensor: Tensor) -> None:
+    where = f"{weight.values.file}: the {end} of tensor {weight.name}"
+    if end == "weight_offset" and tensor.count_nonzero():
+        raise UserError(f"{where} is not all zeros: asymmetric formats are not supported; quantise symmetrically")
+    if end == "weight_shape" and tensor.tolist() != list(weight.shape):
+        raise UserError(f"{where} is {tensor.tolist()}, but its values and scales are of {list(weight.shape)}")
 
 
 def _ask_for_huge_pages(model: BailingMoeV2ForCausalLM) -> None:
@@ -168,11 +223,11 @@ def _one_thread() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def _copy(mapped: mmap.mmap, entry: TensorEntry, piece: Piece) -> None:
+def _read(mapped: mmap.mmap, entry: TensorEntry, use: Callable[[Tensor], None]) -> None:
     if not entry.nbytes:
         return
-    stored = torch.frombuffer(mapped, dtype=DTYPES[entry.dtype], count=math.prod(entry.shape), offset=entry.offset)
-    piece.place.copy_(piece.of(stored.view(entry.shape)))
+    stored = torch.frombuffer(mapped, dtype=STORED[entry.dtype], count=math.prod(entry.shape), offset=entry.offset)
+    use(stored.view(entry.shape))
     # Give the pages back at once: they would count as this process's memory until the file is unmapped.
     begin = entry.offset - entry.offset % mmap.PAGESIZE
     mapped.madvise(mmap.MADV_DONTNEED, begin, entry.offset + entry.nbytes - begin)

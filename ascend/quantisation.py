@@ -5,10 +5,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 
 from ascend.devices import get_device
 from ascend.errors import UserError, suggest
-from ascend.weights import MLP
+from ascend.weights import MLP, Experts, Weight
 from ascend.weights_quantised import FORMATS, quantised
 from ops import layout
 from ops.quantise import INT4_GROUP
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
     from ascend.model import BailingMoeV2ForCausalLM
     from ascend.parallel import Parallel
 
+# The modules of a layer that can be; where it has routed experts its "mlp" holds the others, and none of its own.
+PROJECTIONS = ("attention.query_key_value", "attention.dense", "mlp", "mlp.experts", "mlp.shared_experts")
 WHOLE_WIDTH = 64  # of an expert on a rank: what the NPU's op that quantises SwiGLU's result takes multiples of
 
 
@@ -30,20 +33,31 @@ def check_format(name: str) -> None:
 def check_on(device: torch.device, dtype: torch.dtype, to: str, config: BailingMoeV2Config, parallel: Parallel) -> None:
     """Raise `UserError` if a model of ``dtype`` cannot be quantised to ``to`` there, divided so."""
     width = len(parallel.expert_width(config.moe_intermediate_size))
-    if parallel.strategy == "mc2":
-        raise UserError(f"expert-parallel strategy mc2 runs whole experts alone, not {to}; choose another strategy")
     if to == "w4a16":
         for name, inputs in (("hidden_size", config.hidden_size), ("the experts' width on a rank", width)):
             if inputs % min(INT4_GROUP, inputs) or inputs % 8:
                 raise UserError(f"{name} {inputs} does not divide into groups of {INT4_GROUP} for w4a16; use w8a8")
+    check_computes(device, dtype, to, width, parallel)
+
+
+def check_computes(
+    device: torch.device, dtype: torch.dtype, to: str, width: int | None, parallel: Parallel, remedy: str = "use {}"
+) -> None:
+    """Raise `UserError` if the device does not compute in ``to`` with a model of ``dtype``.
+
+    width: of experts in the format on a rank; None: there are none. remedy: what to do, `{}` being another format.
+    """
+    if parallel.strategy == "mc2" and width is not None:
+        raise UserError(f"expert-parallel strategy mc2 runs whole experts alone, not {to}; choose another strategy")
     if to not in get_device(str(device)).quantised_formats():
-        raise UserError(f"{device} does not compute in {to}; use w8a8")
+        raise UserError(f"{device} does not compute in {to}; {remedy.format('w8a8')}")
     if layout.is_own(device):
         if dtype is torch.float32:
             raise UserError(f"{device} computes with quantised weights in bf16 or fp16 alone; give dtype='bfloat16'")
-        if to == "w8a8" and width % WHOLE_WIDTH:
+        if to == "w8a8" and width is not None and width % WHOLE_WIDTH:
             raise UserError(
-                f"{device} takes w8a8 experts of whole {WHOLE_WIDTH}s, not {width} wide on a rank; use w4a16"
+                f"{device} takes w8a8 experts of whole {WHOLE_WIDTH}s, not {width} wide on a rank; "
+                f"{remedy.format('w4a16')}"
             )
 
 
@@ -63,12 +77,11 @@ def quantise_model(model: BailingMoeV2ForCausalLM, to: str) -> None:
 
 def quantise_layer(layer: Any, to: str) -> None:
     """Round the weights of one `DecoderLayer` as `quantise_model` does all."""
-    attention, mlp = layer.attention, layer.mlp
-    attention.query_key_value, attention.dense = (
-        quantised(attention.query_key_value, to),
-        quantised(attention.dense, to),
-    )
-    if isinstance(mlp, MLP):
-        layer.mlp = quantised(mlp, to)
-    else:
-        mlp.experts, mlp.shared_experts = quantised(mlp.experts, to), quantised(mlp.shared_experts, to)
+    for path, module in projections(layer).items():
+        layer.set_submodule(path, quantised(module, to))
+
+
+def projections(layer: nn.Module) -> dict[str, nn.Module]:
+    """Return the modules of a `DecoderLayer` that can be quantised, whole as they are, by their path in it."""
+    modules = dict(layer.named_modules())
+    return {path: modules[path] for path in PROJECTIONS if isinstance(modules.get(path), Weight | MLP | Experts)}

@@ -116,7 +116,7 @@ def stored_weights(tensors: Mapping[str, TensorEntry]) -> dict[str, StoredWeight
 def _quantised(name: str, ends: Mapping[str, TensorEntry]) -> StoredWeight:
     """Find the format whose names, dtypes and scale these tensors have."""
     values = ends.get("weight") or ends["weight_packed"]
-    why = f"has dtype {values.dtype} and shape {list(values.shape)}, which is no format known here"
+    why = ""
     for one in FORMATS:
         end, dtype = one.values
         if end not in ends or ends[end].dtype != dtype or len(values.shape) != 2:
@@ -125,13 +125,14 @@ def _quantised(name: str, ends: Mapping[str, TensorEntry]) -> StoredWeight:
         scale = next((ends[name] for name in one.scale if name in ends), None)
         extra = sorted(ends.keys() - {end, *one.scale, *one.beside})
         if scale is None:
-            why = f"is {dtype} and has no scale ({' or '.join(one.scale)}) beside it"
+            why = why or f"is {dtype} and has no scale ({' or '.join(one.scale)}) beside it"
         elif extra:
-            why = f"has a {extra[0]} beside it, which is not supported"
+            why = why or f"has a {extra[0]} beside it, which is not supported"
         elif scale.dtype not in SCALE_DTYPES or not one.is_scale(scale.shape, outputs, inputs):
             of = f"{dtype} [{outputs}, {inputs}]"
-            why = f"has a scale of {scale.dtype} {list(scale.shape)}, which does not fit its {of}"
+            why = why or f"has a scale of {scale.dtype} {list(scale.shape)}, which does not fit its {of}"
         else:
             beside = tuple((end, ends[end]) for end in one.beside if end in ends)
             return StoredWeight(name, one.name, (outputs, inputs), values, scale, beside)
-    raise UserError(f"{values.file}: tensor {name} {why}")
+    unknown = f"has dtype {values.dtype} and shape {list(values.shape)}, which is no format known here"
+    raise UserError(f"{values.file}: tensor {name} {why or unknown}")

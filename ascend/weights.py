@@ -8,7 +8,7 @@ Shapes: T tokens, H hidden_size, I intermediate width, E experts on this rank, K
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -52,12 +52,19 @@ class MLP(nn.Module):
         """``[..., H]`` → ``[..., H]``."""
         return self.group.all_reduce(ops.swiglu_mlp(x_TH, self.gate_up, self.down))
 
+    def weights(self) -> tuple[nn.Parameter, ...]:
+        """The weights as the ops take them."""
+        return self.gate_up, self.down
+
 
 class Experts(nn.Module):
     """The weights of a rank's routed experts of a layer, stacked for grouped work.
 
     first: the slot of the first of them, of ``total`` slots on all ranks.
     """
+
+    suffix: ClassVar[str] = ""  # of the names of the format's ops
+    shared_class: ClassVar[type[Any]] = MLP  # of the shared experts that go into one op with these
 
     def __init__(self, experts: int, hidden_size: int, width: int, first: int, total: int) -> None:
         super().__init__()
@@ -68,12 +75,20 @@ class Experts(nn.Module):
     def forward(self, x_TH: Tensor, weight_TK: Tensor, expert_TK: Tensor, shared: Any = None) -> Tensor:
         """What this rank's experts add to the sum, ``[T, H]``; see `ops.reference.moe_experts`.
 
-        Plus what the ``shared`` experts give, an `MLP` in the format that goes with this one, where they are given.
+        Plus what the ``shared`` experts give, where they are given: in one op if they are in the format that goes with
+        this one, apart if they are in another; each is rounded before they are added in either case.
         """
-        routed = (x_TH, weight_TK, expert_TK, self.gate_up, self.down)
-        if shared is None:
-            return ops.moe_experts(*routed, self.first, self.total)
-        return ops.moe(*routed, shared.gate_up, shared.down, self.first, self.total)
+        routed = (x_TH, weight_TK, expert_TK, *self.weights())
+        slots = (self.first, self.total)
+        if isinstance(shared, self.shared_class):
+            both_TH: Tensor = getattr(ops, f"moe{self.suffix}")(*routed, *shared.weights(), *slots)
+            return both_TH
+        out_TH: Tensor = getattr(ops, f"moe_experts{self.suffix}")(*routed, *slots)
+        return out_TH if shared is None else out_TH + shared(x_TH)
+
+    def weights(self) -> tuple[nn.Parameter, ...]:
+        """The weights as the ops take them."""
+        return self.gate_up, self.down
 
     def rows(self, x_MH: Tensor, count_E: Tensor) -> Tensor:
         """Run each expert on its rows, not weighted; see `ops.reference.expert_rows`."""

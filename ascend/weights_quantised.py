@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
@@ -110,12 +110,15 @@ class _ExpertsQuantised(Experts):
         self.gate_up, self.gate_up_scale = _frozen(_one_by_one(gate_up, whole.gate_up.data))
         self.down, self.down_scale = _frozen(_one_by_one(down, whole.down.data))
 
-    def _weights(self) -> tuple[nn.Parameter, ...]:
+    def weights(self) -> tuple[nn.Parameter, ...]:
+        """The weights as the ops take them."""
         return self.gate_up, self.gate_up_scale, self.down, self.down_scale
 
 
 def _one_by_one(rounded: Rounding, weight_EOI: Tensor) -> tuple[Tensor, Tensor]:
     values, scales = (part.new_empty((len(weight_EOI), *part.shape)) for part in rounded(weight_EOI[0]))
+    if weight_EOI.is_meta:
+        return values, scales
     for expert, weight_OI in enumerate(weight_EOI):
         values[expert], scales[expert] = rounded(weight_OI)
     return values, scales
@@ -124,40 +127,40 @@ def _one_by_one(rounded: Rounding, weight_EOI: Tensor) -> tuple[Tensor, Tensor]:
 class ExpertsW8A8(_ExpertsQuantised):
     """`Experts` with int8 weights."""
 
+    suffix: ClassVar[str] = "_w8a8"
+    shared_class: ClassVar[type[Any]] = MLPW8A8
+
     def __init__(self, whole: Experts) -> None:
         super().__init__(whole, quantise.int8_weight, quantise.int8_weight)
 
-    def forward(self, x_TH: Tensor, weight_TK: Tensor, expert_TK: Tensor, shared: Any = None) -> Tensor:
-        """What this rank's experts, and an `MLPW8A8` of shared ones, add to the sum, ``[T, H]``."""
-        routed = (x_TH, weight_TK, expert_TK, *self._weights())
-        if shared is None:
-            return ops.moe_experts_w8a8(*routed, self.first, self.total)
-        return ops.moe_w8a8(*routed, *shared.weights(), self.first, self.total)
-
     def lay_out(self) -> None:
         """Bring the weights into the device's layout."""
-        laid_out = layout.experts_int8(*(one.data for one in self._weights()))
-        for parameter, data in zip(self._weights(), laid_out, strict=True):
+        laid_out = layout.experts_int8(*(one.data for one in self.weights()))
+        for parameter, data in zip(self.weights(), laid_out, strict=True):
             parameter.data = data
 
 
 class ExpertsW4A16(_ExpertsQuantised):
-    """`Experts` with int4 weights in groups of inputs; a width below the usual group is one group."""
+    """`Experts` with int4 weights in groups of inputs.
 
-    def __init__(self, whole: Experts) -> None:
-        super().__init__(whole, _int4, _int4)
+    ``groups``: how many inputs of gate_up and of down share a scale; by default the usual 128, or all of fewer.
+    """
+
+    suffix: ClassVar[str] = "_w4a16"
+
+    def __init__(self, whole: Experts, groups: tuple[int, int] | None = None) -> None:
+        inputs = (whole.gate_up.shape[-1], whole.down.shape[-1])
+        gate_up, down = groups or (min(quantise.INT4_GROUP, count) for count in inputs)
+        super().__init__(whole, partial(quantise.int4_weight, group=gate_up), partial(quantise.int4_weight, group=down))
         self.interleaved = False
 
     def forward(self, x_TH: Tensor, weight_TK: Tensor, expert_TK: Tensor, shared: Any = None) -> Tensor:
-        """What this rank's experts, and an `MLP` of shared ones, add to the sum, ``[T, H]``."""
+        """What this rank's experts, and shared ones, add to the sum, ``[T, H]``."""
         if self.interleaved != layout.interleaves(x_TH.device):
             raise UserError(
                 f"the int4 weights were moved to {x_TH.device}, where their words hold others: load them there"
             )
-        routed = (x_TH, weight_TK, expert_TK, *self._weights())
-        if shared is None:
-            return ops.moe_experts_w4a16(*routed, self.first, self.total)
-        return ops.moe_w4a16(*routed, shared.gate_up, shared.down, self.first, self.total)
+        return super().forward(x_TH, weight_TK, expert_TK, shared)
 
     def lay_out(self) -> None:
         """Bring the weights into the device's layout."""
@@ -169,33 +172,30 @@ class ExpertsW4A16(_ExpertsQuantised):
             packed.data, scale.data = layout.experts_int4(packed.data, scale.data)
 
 
-def _int4(weight: Tensor) -> tuple[Tensor, Tensor]:
-    return quantise.int4_weight(weight, min(quantise.INT4_GROUP, weight.shape[-1]))
-
-
 class ExpertsFP8(_ExpertsQuantised):
     """`Experts` with FP8 weights; gate and up have blocks of their own."""
+
+    suffix: ClassVar[str] = "_fp8"
+    shared_class: ClassVar[type[Any]] = MLPFP8
 
     def __init__(self, whole: Experts) -> None:
         super().__init__(whole, _fp8_pair, quantise.fp8_weight)
 
-    def forward(self, x_TH: Tensor, weight_TK: Tensor, expert_TK: Tensor, shared: Any = None) -> Tensor:
-        """What this rank's experts, and an `MLPFP8` of shared ones, add to the sum, ``[T, H]``."""
-        routed = (x_TH, weight_TK, expert_TK, *self._weights())
-        if shared is None:
-            return ops.moe_experts_fp8(*routed, self.first, self.total)
-        return ops.moe_fp8(*routed, *shared.weights(), self.first, self.total)
-
 
 # What takes the place of which module, by format. Modules of other classes stay as they are.
-FORMATS: Mapping[str, Mapping[type[nn.Module], Callable[[Any], nn.Module]]] = {
+FORMATS: Mapping[str, Mapping[type[nn.Module], Callable[..., nn.Module]]] = {
     "w8a8": {Weight: WeightW8A8, MLP: MLPW8A8, Experts: ExpertsW8A8},
     "w4a16": {Experts: ExpertsW4A16},
     "fp8": {Weight: WeightFP8, MLP: MLPFP8, Experts: ExpertsFP8},
 }
 
 
-def quantised(module: Any, to: str) -> Any:
-    """Return the module in a format, itself where the format leaves such modules as they are."""
+def quantised(module: Any, to: str, groups: tuple[int, int] | None = None) -> Any:
+    """Return the module in a format, itself where the format leaves such modules as they are.
+
+    ``groups`` as `ExpertsW4A16` takes them, of that format alone. On the meta device only shapes are made.
+    """
     make = FORMATS[to].get(type(module))
-    return module if make is None else make(module)
+    if make is None:
+        return module
+    return make(module) if groups is None else make(module, groups)

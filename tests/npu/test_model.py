@@ -15,6 +15,7 @@ from ascend.emulator import log
 from ascend.generation import Decoder
 from ops.quantise import FP8
 from tests import tiny
+from tests.quantised import quantised_checkpoint
 
 CARD = "npu:0"
 # Heads that are rotated by one op, and widths in 64s, which the quantised experts need.
@@ -173,6 +174,40 @@ def test_fp8_is_refused(tmp_path: Path) -> None:
     )
     no_cache = tiny.user_error(StaticCache, 1, 1, 1, 8, 64, FP8, torch.device(CARD))
     assert "npu:0 has no FP8; leave the key/value cache in the model's dtype" in no_cache
+
+
+@pytest.mark.parametrize("quantise", ["w8a8", "w4a16"])
+def test_a_quantised_checkpoint_is_the_model_quantised_in_memory(quantise: str, tmp_path: Path) -> None:
+    plain = tiny.checkpoint(tmp_path / "plain", dtype="bf16", **SHAPE)
+    path = quantised_checkpoint(plain, tmp_path / "stored", quantise)
+    stored, expected = ascend.load_model(path, CARD), ascend.load_model(plain, CARD, quantise=quantise)
+    assert stored.quantised == quantise
+    assert torch.equal(stored(ids().to(CARD)).cpu(), expected(ids().to(CARD)).cpu())
+    drafts = [model.mtp_logits(ids().to(CARD))[0].cpu() for model in (stored, expected)]
+    assert torch.equal(*drafts)
+    tokens = [ascend.generate(model, ids(2, 9).to(CARD), 4, drafts=1).cpu() for model in (stored, expected)]
+    assert torch.equal(*tokens)
+
+
+def test_experts_and_shared_experts_of_two_formats_run_apart(tmp_path: Path) -> None:
+    plain = tiny.checkpoint(tmp_path / "plain", dtype="bf16", **SHAPE)
+    path = quantised_checkpoint(plain, tmp_path / "stored", "w8a8", ["shared_experts"])
+    card, cpu = (ascend.load_model(path, where) for where in (CARD, "cpu"))
+    apart = (card(ids().to(CARD)).cpu() - cpu(ids())).norm(dim=-1) / cpu(ids()).norm(dim=-1)
+    assert apart.median() < 0.06
+
+
+def test_stored_formats_that_the_card_lacks_are_refused(tmp_path: Path) -> None:
+    plain = tiny.checkpoint(tmp_path / "plain", dtype="bf16", **SHAPE | {"moe_intermediate_size": 96})
+    for to, words in (
+        ("fp8", f"{CARD} does not compute in fp8; `python -m convert w8a8 SRC DST` makes one that loads"),
+        ("w8a8", "whole 64s, not 96 wide on a rank; `python -m convert w4a16 SRC DST` makes one that loads"),
+    ):
+        path = quantised_checkpoint(plain, tmp_path / to, to)
+        assert tiny.user_error(ascend.load_model, path, CARD).endswith(words)
+    # Nothing hinders those experts where they are plain.
+    path = quantised_checkpoint(plain, tmp_path / "attention", "w8a8", [r"\.experts\."])
+    assert ascend.load_model(path, CARD)(ids().to(CARD)).isfinite().all()
 
 
 def test_a_model_that_was_moved_there_is_refused(tmp_path: Path) -> None:
