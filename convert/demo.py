@@ -95,7 +95,9 @@ def write_demo(
         for name, text in texts.items():
             (staging / name).write_text(text, encoding="utf-8")
         if shapes:
-            write_weights(staging, shapes, seed, tokens, max_shard_bytes, progress, weights, config["num_hidden_layers"])
+            write_weights(
+                staging, shapes, seed, tokens, max_shard_bytes, progress, weights, config["num_hidden_layers"]
+            )
     return Demo(str(target), size, seed, dtype, parameters, weight_bytes, round(time.monotonic() - start, 3))
 
 
