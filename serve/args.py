@@ -12,6 +12,7 @@ from typing import NoReturn
 from ascend.errors import UserError, suggest
 
 DTYPES = ("auto", "bfloat16", "float16", "float32")
+VERIFY = ("auto", "quick", "full", "off")
 
 # Engine flags that are refused after `--`, and why. vLLM accepts `_` for `-` and any unambiguous beginning of a flag.
 _OWN = "it is the launcher's own flag: give it before '--'"
@@ -42,10 +43,15 @@ REFUSED = {
 
 @dataclass(frozen=True)
 class LaunchSettings:
-    """What the user asked for. ``model`` None means the demo checkpoint, ``timeout`` is in seconds."""
+    """What the user asked for. ``model`` None means the demo checkpoint, ``timeout`` is in seconds.
+
+    verify: one of `VERIFY`; key: of whoever must have signed the model's manifest.
+    """
 
     device: str
     model: Path | None
+    verify: str
+    key: Path | None
     host: str
     port: int
     dtype: str
@@ -75,9 +81,17 @@ def parse(arguments: Sequence[str]) -> LaunchSettings:
         )
     for flag in engine_flags:
         _refuse(flag)
+    if known.key and known.verify == "off":
+        raise UserError("--key asks for a signed manifest, --verify off for none to be read: give one of them")
+    if not known.model and (known.key or known.verify in ("quick", "full")):
+        raise UserError(
+            f"{'--key' if known.key else '--verify ' + known.verify} needs --model: the demo has no manifest"
+        )
     return LaunchSettings(
         device=known.device,
         model=Path(os.path.abspath(known.model)) if known.model else None,
+        verify=known.verify,
+        key=Path(os.path.abspath(known.key)) if known.key else None,
         host=known.host,
         port=known.port,
         dtype=known.dtype,
@@ -118,6 +132,14 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--device", default="auto", help="auto (NPU, else CUDA, else CPU), cpu, cuda or npu; default: auto")
     add("--model", metavar="DIR", help="checkpoint directory; default: a tiny demo with random weights")
+    add(
+        "--verify",
+        choices=VERIFY,
+        default="auto",
+        help="the model's manifest.json: quick (names, sizes, headers), full (SHA-256 of every file), off; "
+        "default: auto, quick where there is one",
+    )
+    add("--key", metavar="PUB", help="Ed25519 public key that must have signed the manifest; best with --verify full")
     add("--host", default="127.0.0.1", help="address to listen on; default: 127.0.0.1, this machine only")
     add("--port", type=_port, default=8000, help="default: 8000")
     add("--dtype", choices=DTYPES, default="auto", help="default: auto, as the checkpoint says")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import shlex
@@ -9,10 +10,12 @@ import sys
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 from ascend.checkpoint import Checkpoint
 from ascend.devices import get_device
 from ascend.errors import UserError
+from ascend.stored import PLAIN, stored_weights
 from serve.args import LaunchSettings
 from serve.preflight import context_limit
 
@@ -76,10 +79,14 @@ PLUGIN = "bailing_moe_v2"  # the entry point's name in setup.py
 
 @dataclass(frozen=True)
 class EngineCommand:
-    """What to run: ``command`` as an argument list, ``environment`` as what is set on top of the launcher's own."""
+    """What to run: ``command`` as an argument list, ``environment`` as what is set on top of the launcher's own.
+
+    ``note`` is a line for the user, of what the engine will do that is not what was asked for to the letter.
+    """
 
     command: list[str]
     environment: dict[str, str]
+    note: str | None = None
 
     def full_environment(self) -> dict[str, str]:
         """Return the whole environment of the engine's process."""
@@ -102,16 +109,17 @@ def engine_command(
     command += ["--dtype", settings.dtype, *FLAGS]
     if settings.max_model_len is not None:
         command += ["--max-model-len", str(settings.max_model_len)]
-    if kind == "cpu" and (checkpoint is None or checkpoint.nbytes < EAGER_BELOW_BYTES):
+    weight_bytes, note = _widened(settings, checkpoint) if kind == "cpu" and checkpoint else (0, None)
+    if kind == "cpu" and weight_bytes < EAGER_BELOW_BYTES:
         command.append("--enforce-eager")
     environment = dict(FORCED)
     defaults = {"VLLM_HOST_IP": "127.0.0.1"}  # the engine's processes talk to one another on this machine only
     if kind == "cpu":
-        defaults |= _cpu_defaults(settings, checkpoint)
+        defaults |= _cpu_defaults(settings, checkpoint.config if checkpoint else {}, weight_bytes)
     environment |= {key: value for key, value in defaults.items() if key not in os.environ}
     if os.environ.get("VLLM_PLUGINS") is not None:
         environment["VLLM_PLUGINS"] = ",".join({*os.environ["VLLM_PLUGINS"].split(","), PLUGIN} - {""})
-    return EngineCommand([*command, *settings.engine_flags], environment)
+    return EngineCommand([*command, *settings.engine_flags], environment, note)
 
 
 def check_engine(kind: str) -> None:
@@ -139,22 +147,47 @@ def _release(version: str) -> tuple[int, ...]:
     return tuple(int(part) for part in re.match(r"\d+(\.\d+)*", version).group().split("."))  # type: ignore[union-attr]
 
 
-def _cpu_defaults(settings: LaunchSettings, checkpoint: Checkpoint | None) -> dict[str, str]:
+def _widened(settings: LaunchSettings, checkpoint: Checkpoint) -> tuple[int, str | None]:
+    """Return the bytes of the weights in the engine, and what to tell of those that `vllm_widened.py` widens."""
+    wide = 4 if settings.dtype == "float32" else 2
+    nbytes, formats = 0, set()
+    for one in stored_weights(checkpoint.tensors).values():
+        nbytes += math.prod(one.shape) * wide
+        formats.add(one.format)
+    quantised = sorted(formats - {PLAIN})
+    if not quantised:
+        return nbytes, None
+    if any(flag.split("=")[0] in ("--quantization", "-q") for flag in settings.engine_flags):
+        return checkpoint.nbytes, None
+    note = (
+        f"weights stored as {' and '.join(quantised)} are widened to {wide * 8} bits ({_size(checkpoint.nbytes)} in the"
+        f" files, {_size(nbytes)} of memory): vLLM has no kernels for them on this CPU. Answers are those of the"
+        " rounded weights"
+    )
+    if quantised != ["w4a16"]:
+        note += "; activations are not rounded, as they are on an accelerator"
+    return nbytes, note
+
+
+def _size(nbytes: int) -> str:
+    return f"{nbytes / 2**20:.1f} MiB" if nbytes < GIB else f"{nbytes / GIB:.1f} GiB"
+
+
+def _cpu_defaults(settings: LaunchSettings, config: dict[str, Any], weight_bytes: int) -> dict[str, str]:
     """Size the KV cache, in whole GiB as vLLM wants it, and bind the cores this process may use, if they are few.
 
     Room for `KV_SEQUENCES` of full length, but at most a quarter of what the weights leave free, and at least 1 GiB.
     """
     defaults = {}
     free = get_device("cpu").memory().free
-    config, weight_bytes = (checkpoint.config, checkpoint.nbytes) if checkpoint else ({}, 0)
-    widened = 2 if settings.dtype == "float32" else 1  # weights and cache are 2 bytes wide otherwise
+    wide = 4 if settings.dtype == "float32" else 2
     layers, heads, head_dim = (
         value if isinstance(value := config.get(key), int) else 0
         for key in ("num_hidden_layers", "num_key_value_heads", "head_dim")
     )
-    token_bytes = 2 * layers * heads * head_dim * 2 * widened  # a key and a value per layer
+    token_bytes = 2 * layers * heads * head_dim * wide  # a key and a value per layer
     wanted = token_bytes * (settings.max_model_len or context_limit(config) or 0) * KV_SEQUENCES
-    room = (free - weight_bytes * widened) // 4
+    room = (free - weight_bytes) // 4
     defaults["VLLM_CPU_KVCACHE_SPACE"] = str(max(1, min(-(-wanted // GIB), room // GIB)))
     cores = sorted(os.sched_getaffinity(0))
     if len(cores) <= BIND_ALL_CORES_UP_TO:

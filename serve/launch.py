@@ -47,6 +47,8 @@ def main(arguments: Sequence[str]) -> int:
     model = settings.model or demo_directory()
     name = settings.served_model_name or (model.name if settings.model else DEMO_NAME)
     command = engine_command(device.type, settings, model, name, checkpoint)
+    if command.note:
+        print(command.note, file=sys.stderr)
     if settings.dry_run:
         print(command)
         return 0

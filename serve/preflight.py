@@ -14,16 +14,55 @@ from pathlib import Path
 
 from ascend.checkpoint import Checkpoint, open_checkpoint
 from ascend.errors import UserError, run_command
+from convert.demo_config import MARKER
+from convert.manifest import MANIFEST, NOTHING_VOUCHES, check_full, check_quick, read_manifest, summary
 from serve.args import LaunchSettings, parse
 
 LISTENING = "0A"  # the kernel's TCP_LISTEN in /proc/net/tcp, include/net/tcp_states.h
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tekken.json")
 
 
-def check(settings: LaunchSettings) -> Checkpoint | None:
-    """Check all that needs no device: the port and, where one is named, the model. Raises `UserError`."""
+def check(settings: LaunchSettings, early: bool = False) -> Checkpoint | None:
+    """Check all that needs no device: the port and, where one is named, the model. Raises `UserError`.
+
+    early: the environment is still to be made, so what needs a package, or long, is left for the second time.
+    """
     check_port(settings.host, settings.port)
-    return check_model(settings.model, settings.max_model_len) if settings.model else None
+    if settings.model is None:
+        return None
+    is_vouched_for = check_files(settings, settings.model, early)
+    checkpoint = check_model(settings.model, settings.max_model_len)
+    if not (is_vouched_for or early or settings.verify == "off" or MARKER in checkpoint.config):
+        print(f"{settings.model}: {NOTHING_VOUCHES}", file=sys.stderr)
+    return checkpoint
+
+
+def check_files(settings: LaunchSettings, model: Path, early: bool) -> bool:
+    """Check a model's files against its manifest, and that against ``settings.key``; False if there is no manifest.
+
+    The signature comes first: until it is good, nothing of the directory is believed. Raises `UserError`.
+    """
+    is_asked_for = settings.key is not None or settings.verify in ("quick", "full")
+    if settings.verify == "off" or not model.is_dir() or not (is_asked_for or (model / MANIFEST).exists()):
+        return False
+    signed = None
+    if settings.key is not None and not early:
+        from convert.signature import verify_signature  # needs a package
+
+        signed = verify_signature(model, settings.key)
+    manifest = read_manifest(model, signed)
+    if settings.verify != "full" or early:
+        problems = check_quick(model, manifest)
+    else:
+        from ascend.progress import Progress  # needs a package
+
+        what = f"{len(manifest.files)} files, {manifest.nbytes / 1e9:.1f} GB"
+        print(f"hashing {what}: {manifest.nbytes / 1e9:.0f} s at 1 GB/s, longer from a slow disk", file=sys.stderr)
+        with Progress("SHA-256", manifest.nbytes) as progress:
+            problems = check_full(model, manifest, progress.advance)
+    if problems:
+        raise UserError(summary(problems))
+    return True
 
 
 def check_port(host: str, port: int) -> None:
@@ -125,7 +164,7 @@ def context_limit(config: dict[str, object]) -> int | None:
 
 def main() -> None:
     """Check the launcher's command line; `launch.sh` does so before it installs anything."""
-    check(parse(sys.argv[1:]))
+    check(parse(sys.argv[1:]), early=True)
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@
    allowed, and one without is not known at all. With it registered, transformers takes it and never looks at the
    `auto_map`. To be dropped when transformers has the class.
 2. A model class that leaves out the MTP layers, see `vllm_model.py`.
+3. On the CPU: a quantization method that widens what vLLM has no kernels for, see `vllm_widened.py`.
 """
 
 from __future__ import annotations
@@ -12,10 +13,13 @@ ARCHITECTURE = "BailingMoeV2ForCausalLM"
 
 
 def register() -> None:
-    """Register both. vLLM calls this in the API server, the engine core and every worker, maybe more than once."""
+    """Register them. vLLM calls this in the API server, the engine core and every worker, maybe more than once."""
     from vllm.model_executor.models.registry import ModelRegistry
+    from vllm.platforms import current_platform
 
     import ascend
 
     ascend.register()
     ModelRegistry.register_model(ARCHITECTURE, f"serve.vllm_model:{ARCHITECTURE}")  # imported only where it is needed
+    if current_platform.is_cpu():
+        import serve.vllm_widened  # noqa: F401, registers its method

@@ -14,6 +14,7 @@ import torch
 
 import ascend
 from convert.demo import write_demo
+from tests.launcher import ROOT
 
 TOLERANCE = 1e-3  # on logprobs; about 1e-5 is seen
 YARN = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
@@ -56,10 +57,11 @@ def test_prompt_logprobs_equal_those_of_vllm(tmp_path: Path) -> None:
     generator = torch.Generator().manual_seed(0)
     prompts = [torch.randint(0, 2000, (n,), generator=generator).tolist() for n in (200, 37)]
     (tmp_path / "prompts.json").write_text(json.dumps(prompts))
-    worker = Path(__file__).with_name("vllm_logprobs.py")
-    command = [sys.executable, str(worker), str(tmp_path / "prompts.json"), str(tmp_path / "out.json")]
+    # As a module: as a file it would find tests/triton where torch looks for the real one.
+    command = [sys.executable, "-m", "tests.vllm_logprobs", str(tmp_path / "prompts.json"), str(tmp_path / "out.json")]
     run = subprocess.run(
         [*command, *map(str, directories)],
+        cwd=ROOT,
         env={**os.environ, "VLLM_CPU_OMP_THREADS_BIND": "nobind"},
         capture_output=True,
         text=True,
