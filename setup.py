@@ -37,6 +37,7 @@ setup(
         "matplotlib",  # this and the next two: reports alone; nothing that measures or serves imports them
         "jinja2",
         "pydantic>=2",
+        "cryptography>=42",  # signed manifests alone
     ],
     extras_require={
         # Its wheel asks for CUDA builds of torchvision and torchaudio: see requirements/engine-cpu.lock.txt.

@@ -57,7 +57,10 @@ def _wanted(checkpoint: Checkpoint) -> tuple[dict[str, Shape], set[str]]:
     """The shape of every tensor that may be there, and the names of those that need not be."""
     from ascend.config import BailingMoeV2Config  # transformers is slow to import
 
-    config = BailingMoeV2Config(**{**checkpoint.config, "quantization_config": None})
+    try:
+        config = BailingMoeV2Config(**{**checkpoint.config, "quantization_config": None})
+    except UserError as problem:
+        raise UserError(f"{checkpoint.path}: {problem}") from None
     experts = (config.num_hidden_layers + config.num_nextn_predict_layers) * config.num_experts
     if experts > MOST_EXPERTS:
         raise UserError(f"{checkpoint.path / 'config.json'}: asks for {experts:,} experts; the file is damaged")
@@ -77,6 +80,6 @@ def _check_dtypes(checkpoint: Checkpoint, weights: Mapping[str, StoredWeight]) -
         yield f"{halves['F16'].file}: holds F16 tensors, {halves['BF16'].file} BF16 ones; convert to one of them"
     said = checkpoint.config.get("torch_dtype") or checkpoint.config.get("dtype")
     embedding = weights.get("model.word_embeddings.weight")
-    if embedding is not None and said is not None and DTYPE_OF.get(said) != embedding.values.dtype:
+    if embedding is not None and said is not None and DTYPE_OF.get(str(said)) != embedding.values.dtype:
         file, found = checkpoint.path / "config.json", embedding.values.dtype
         yield f"{file}: says {said}, model.word_embeddings.weight is {found}"

@@ -97,16 +97,19 @@ def _compressed_tensors(said: Mapping[str, Any]) -> Described:
             raise ValueError("symmetric is false")
         if layout not in (said.get("format"), group.get("format")):
             raise ValueError(f"format {said.get('format')} with weights of {form}")
-        groups.append((list(group["targets"]), form, weights.get("group_size")))
-    left = list(said.get("ignore") or ())
+        size = weights.get("group_size") if form == "w4a16" else None
+        if form == "w4a16" and (type(size) is not int or size < 1):
+            raise ValueError(f"group_size {size!r}")
+        groups.append(([_pattern(target) for target in group["targets"]], form, size))
+    left = [_pattern(name) for name in said.get("ignore") or ()]
 
     def described(module: str) -> tuple[str, int | None]:
-        if any(_matches(module, pattern) for pattern in left):
+        if any(pattern.match(module) for pattern in left):
             return PLAIN, None
-        for targets, form, group in groups:
-            if any(target == "Linear" or _matches(module, target) for target in targets):
-                return form, group if form == "w4a16" else None
-        return PLAIN, None
+        return next(
+            ((form, size) for targets, form, size in groups if any(target.match(module) for target in targets)),
+            (PLAIN, None),
+        )
 
     return described
 
@@ -117,9 +120,11 @@ _READERS: dict[str, Callable[[Mapping[str, Any]], Described]] = {
 }
 
 
-def _matches(module: str, pattern: str) -> bool:
-    """As compressed-tensors matches: a name, or from its beginning a regular expression after ``re:``."""
-    return bool(re.match(pattern[3:], module)) if pattern.startswith("re:") else module == pattern
+def _pattern(text: str) -> re.Pattern[str]:
+    """As compressed-tensors matches modules: by name, by ``Linear``, or after ``re:`` by how a name begins."""
+    if text == "Linear":
+        return re.compile("")
+    return re.compile(text[3:] if text.startswith("re:") else re.escape(text) + r"\Z")
 
 
 def _is_within(module: str, name: str) -> bool:

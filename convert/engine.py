@@ -30,7 +30,7 @@ from convert.targets import TARGETS, notes
 from convert.workers import run
 
 MOST_WORKERS = 8  # unless told otherwise: more only wait for the disk
-BYTES_WORTH_A_WORKER = 10**9  # one takes seconds to start
+BYTES_WORTH_A_WORKER = 2 * 10**9  # one takes seconds to start
 SCALES, CALIBRATION = "scales.safetensors", "calibration.json"  # in the work directory
 BESIDE_BYTES = 64 << 20  # room for files that are no weights: tokenizer, index, report
 

@@ -10,7 +10,6 @@ import hashlib
 import json
 import os
 import re
-import stat
 import threading
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -21,18 +20,17 @@ from typing import Any
 import ascend
 from ascend.checkpoint import _parse_json, read_header
 from ascend.errors import UserError
+from convert.files import MANIFEST, SIGNATURE, DiffersError, is_file_name, listing, sha256_of
 from convert.staging import FILE_MODE, sync
 
-MANIFEST, SIGNATURE = "manifest.json", "manifest.sig"
 VERSION = 1
 MAX_MANIFEST_BYTES = 16 << 20  # 150 bytes a file: room for a hundred thousand
-BUFFER_BYTES = 1 << 20
-THREADS = 2  # two cores hash twice as much as one; more would only wait for most disks
+THREADS = 2  # one reads while another hashes; more would only wait for most disks
 NOTHING_VOUCHES = (
     "has no manifest.json, so nothing vouches for its files: "
     "`python -m convert manifest DIR` writes one while they are known to be good"
 )
-_KEYS = ("manifest_version", "tool", "command", "source", "files")
+_KEYS = ("manifest_version", "tool", "command", "source", "files", "sha256")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
@@ -59,10 +57,6 @@ class Manifest:
         return sum(record.nbytes for record in self.files.values())
 
 
-class _DiffersError(Exception):
-    """A file is not what it should be; the text says how, without its name."""
-
-
 def write_manifest(
     directory: Path,
     *,
@@ -76,7 +70,7 @@ def write_manifest(
     command, source: plain values, as the caller wants them told. known: files that were hashed while they were written,
     they are not read again. advance: told of bytes that were read. Raises `UserError` for anything that is not a file.
     """
-    found, problems = _files(directory)
+    found, problems = listing(directory)
     if problems:
         raise UserError(problems[0])
     records = {}
@@ -84,15 +78,24 @@ def write_manifest(
         record = (known or {}).get(name)
         if record is None:
             try:
-                record = FileRecord(_sha256(directory / name, size, advance), size)
-            except _DiffersError as problem:
+                record = FileRecord(sha256_of(directory / name, size, advance), size)
+            except DiffersError as problem:
                 raise UserError(f"{directory / name}: {problem}") from None
         elif record.nbytes != size:
             raise UserError(f"{directory / name}: has {size} bytes, {record.nbytes} were written: something changed it")
         records[name] = {"sha256": record.sha256, "bytes": record.nbytes}
     tool = {"name": "antangelmed", "version": ascend.__version__}
     content = {"manifest_version": VERSION, "tool": tool, "command": command, "source": source, "files": records}
-    write_whole(directory / MANIFEST, json.dumps(content, indent=2, sort_keys=True) + "\n")
+    write_whole(directory / MANIFEST, _text(content | {"sha256": _sha256(_text(content))}))
+
+
+def _text(content: Mapping[str, Any]) -> str:
+    """The one way to write a manifest."""
+    return json.dumps(content, indent=2, sort_keys=True) + "\n"
+
+
+def _sha256(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def write_whole(file: Path, text: str) -> None:
@@ -130,20 +133,29 @@ def manifest_bytes(directory: Path) -> bytes:
 def read_manifest(directory: Path, content: bytes | None = None) -> Manifest:
     """Read a manifest, or ``content`` that was read and found to be signed. Raises `UserError` if it is malformed."""
     file = directory / MANIFEST
-    value = _parse_json(file, manifest_bytes(directory) if content is None else content)
+    content = manifest_bytes(directory) if content is None else content
+    value = _parse_json(file, content)
     if value.get("manifest_version") != VERSION:
         raise UserError(
             f"{file}: manifest_version is {value.get('manifest_version')!r}, this version reads {VERSION}; "
             "check with the version that wrote it"
         )
-    if set(value) != set(_KEYS) or not all(isinstance(value[key], dict) for key in _KEYS[1:]):
+    if set(value) != set(_KEYS) or not all(isinstance(value[key], dict) for key in _KEYS[1:-1]):
         raise UserError(f"{file}: not an object with exactly {', '.join(_KEYS)}; the file is damaged")
+    # Its own hash is against rot alone: who changes it on purpose writes another, and only a signature tells.
+    unhashed = {key: item for key, item in value.items() if key != "sha256"}
+    try:
+        is_as_written = content == _text(value).encode() and value["sha256"] == _sha256(_text(unhashed))
+    except RecursionError:
+        is_as_written = False
+    if not is_as_written:
+        raise UserError(f"{file}: is not what was written (its SHA-256 is another); the file is damaged")
     files = {name: _record(file, name, entry) for name, entry in value["files"].items()}
     return Manifest(value["tool"], value["command"], value["source"], files)
 
 
 def _record(file: Path, name: str, entry: Any) -> FileRecord:
-    if not _is_file_name(name) or name in (MANIFEST, SIGNATURE):
+    if not is_file_name(name) or name in (MANIFEST, SIGNATURE):
         raise UserError(f"{file}: {name!r} is not the name of a file beside it; the file is damaged")
     if not isinstance(entry, dict) or set(entry) != {"sha256", "bytes"}:
         raise UserError(f"{file}: the entry of {name} has not exactly sha256 and bytes; the file is damaged")
@@ -151,10 +163,6 @@ def _record(file: Path, name: str, entry: Any) -> FileRecord:
     if not (isinstance(sha256, str) and _SHA256.fullmatch(sha256) and type(nbytes) is int and nbytes >= 0):
         raise UserError(f"{file}: the entry of {name} is malformed; the file is damaged")
     return FileRecord(sha256, nbytes)
-
-
-def _is_file_name(name: str) -> bool:
-    return bool(name) and name not in (".", "..") and "/" not in name and name.isprintable()
 
 
 def check_quick(directory: Path, manifest: Manifest) -> list[str]:
@@ -188,11 +196,11 @@ def check_full(
     def check(name: str) -> str | None:
         record = manifest.files[name]
         try:
-            if _sha256(directory / name, record.nbytes, counted) != record.sha256:
-                raise _DiffersError(
+            if sha256_of(directory / name, record.nbytes, counted) != record.sha256:
+                raise DiffersError(
                     f"its content is not what {MANIFEST} says (SHA-256); the file is damaged or was changed"
                 )
-        except _DiffersError as problem:
+        except DiffersError as problem:
             return f"{directory / name}: {problem}"
         return None
 
@@ -208,7 +216,7 @@ def check_full(
 
 
 def _check_listing(directory: Path, manifest: Manifest) -> tuple[dict[str, int], list[str]]:
-    found, problems = _files(directory, lambda name: name in manifest.files)
+    found, problems = listing(directory, lambda name: name in manifest.files)
     for name, record in manifest.files.items():
         if name not in found:
             if not os.path.lexists(directory / name):
@@ -219,59 +227,6 @@ def _check_listing(directory: Path, manifest: Manifest) -> tuple[dict[str, int],
                 "it is cut off, or not the file it was"
             )
     return found, sorted(problems)
-
-
-def _files(directory: Path, expected: Callable[[str], bool] = lambda name: True) -> tuple[dict[str, int], list[str]]:
-    """Return the sizes of a directory's files, manifest and signature aside, and what should not be in it."""
-    found, problems = {}, []
-    try:
-        home = os.path.realpath(directory)
-        for entry in os.scandir(directory):
-            try:
-                if entry.name in (MANIFEST, SIGNATURE):
-                    if entry.is_file(follow_symlinks=False):
-                        continue
-                    why = "not a file of its own; remove it"
-                elif entry.is_symlink() and os.path.dirname(os.path.realpath(entry.path)) != home:
-                    why = "a link that leads out of the directory; put the file itself there"
-                elif not _is_file_name(entry.name):
-                    why = "a name that is not printable UTF-8; rename or remove it"
-                elif not stat.S_ISREG(entry.stat().st_mode):
-                    why = "not a file; remove it, or move it elsewhere"
-                elif not expected(entry.name):
-                    why = f"{MANIFEST} does not name it; remove it"
-                else:
-                    found[entry.name] = entry.stat().st_size
-                    continue
-            except OSError as error:
-                why = f"cannot be read: {error.strerror}"
-            shown = str(directory / entry.name)
-            problems.append(f"{shown if shown.isprintable() else ascii(shown)}: {why}")
-    except OSError as error:
-        raise UserError(f"{directory}: cannot be read: {error.strerror}") from None
-    return found, problems
-
-
-def _sha256(file: Path, nbytes: int, advance: Callable[[int], None]) -> str:
-    """Hash a file that should have ``nbytes``, in flat memory. Raises `_DiffersError` if it changes or cannot be read."""
-    digest, buffer, done = hashlib.sha256(), memoryview(bytearray(BUFFER_BYTES)), 0
-    try:
-        with file.open("rb", buffering=0) as stream:
-            begun = os.fstat(stream.fileno())
-            while count := stream.readinto(buffer):
-                digest.update(buffer[:count])
-                done += count
-                advance(count)
-                if done > nbytes:
-                    break
-            ended = os.fstat(stream.fileno())
-    except OSError as error:
-        raise _DiffersError(f"cannot be read: {error.strerror}") from None
-    if done < nbytes:
-        raise _DiffersError(f"was cut off while it was read, after {done} of {nbytes} bytes")
-    if done > nbytes or (begun.st_mtime_ns, begun.st_size) != (ended.st_mtime_ns, ended.st_size):
-        raise _DiffersError("was changed while it was read; check again when nothing writes to it")
-    return digest.hexdigest()
 
 
 def summary(problems: Iterable[str]) -> str:

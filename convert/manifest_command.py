@@ -43,5 +43,5 @@ def main(argv: Sequence[str]) -> int:
         sign(directory, args.sign)
     manifest = read_manifest(directory)
     signed = f", signed with {args.sign}" if args.sign else ""
-    print(f"{directory / MANIFEST}: {len(manifest.files)} files, {manifest.nbytes / 1e9:.2f} GB{signed}")
+    print(f"{directory / MANIFEST}: {len(manifest.files)} files, {manifest.nbytes / 1e6:,.1f} MB{signed}")
     return 0

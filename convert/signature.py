@@ -28,8 +28,7 @@ def sign(directory: Path, key_file: Path) -> None:
     """Write ``directory``'s `manifest.sig`. Raises `UserError` if there is no manifest or the key cannot be used."""
     key = private_key(key_file)
     content = manifest_bytes(directory)
-    signature = base64.b64encode(key.sign(content)).decode()
-    write_whole(directory / SIGNATURE, f"ed25519 {fingerprint(key.public_key())} {signature}\n")
+    write_whole(directory / SIGNATURE, _line(fingerprint(key.public_key()), key.sign(content)))
 
 
 def verify_signature(directory: Path, public_key_file: Path) -> bytes:
@@ -53,6 +52,10 @@ def verify_signature(directory: Path, public_key_file: Path) -> bytes:
     return content
 
 
+def _line(signer: str, signature: bytes) -> str:
+    return f"ed25519 {signer} {base64.b64encode(signature).decode()}\n"
+
+
 def _read(file: Path) -> tuple[str, bytes]:
     if not file.is_file():
         raise UserError(
@@ -60,9 +63,10 @@ def _read(file: Path) -> tuple[str, bytes]:
         )
     try:
         with file.open("rb") as stream:
-            kind, signer, encoded = stream.read(MAX_KEY_BYTES).decode("ascii").split()
+            text = stream.read(MAX_KEY_BYTES).decode("ascii")
+        _, signer, encoded = text.split()
         signature = base64.b64decode(encoded, validate=True)
-        if kind != "ed25519" or len(signature) != 64 or len(signer) > 64 or not signer.isprintable():
+        if text != _line(signer, signature) or not signer.isprintable():
             raise ValueError
     except OSError as error:
         raise UserError(f"{file}: cannot be read: {error.strerror}") from None

@@ -92,9 +92,10 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _summary(done: Verified) -> list[str]:
-    what = f"{done.count} files, {done.nbytes / 1e9:.2f} GB"
-    verdict = f"{len(done.problems)} problems" if done.problems else "good"
-    lines = [f"{done.directory}: {verdict}; {what}, {done.files}, {done.seconds:.1f} s"]
+    what = f"{done.count} files, {done.nbytes / 1e6:,.1f} MB"
+    verdict = f"{len(done.problems)} problem{'s' * (len(done.problems) > 1)}" if done.problems else "good"
+    looked_at = done.files if done.weights == NOT_LOOKED_AT else f"{done.files} and weights"
+    lines = [f"{done.directory}: {verdict}; {what}, {looked_at}, {done.seconds:.1f} s"]
     if done.files != "SHA-256":
         lines.append("content was not looked at: a changed bit in a tensor is only found without --quick")
     elif done.weights == NOT_LOOKED_AT:

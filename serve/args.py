@@ -90,7 +90,8 @@ def parse(arguments: Sequence[str]) -> LaunchSettings:
     return LaunchSettings(
         device=known.device,
         model=Path(os.path.abspath(known.model)) if known.model else None,
-        verify=known.verify,
+        # A signature is over hashes: without computing them it would vouch for names and sizes alone.
+        verify="full" if known.key and known.verify == "auto" else known.verify,
         key=Path(os.path.abspath(known.key)) if known.key else None,
         host=known.host,
         port=known.port,
@@ -137,9 +138,9 @@ def _parser() -> argparse.ArgumentParser:
         choices=VERIFY,
         default="auto",
         help="the model's manifest.json: quick (names, sizes, headers), full (SHA-256 of every file), off; "
-        "default: auto, quick where there is one",
+        "default: auto, quick where there is one, full with --key",
     )
-    add("--key", metavar="PUB", help="Ed25519 public key that must have signed the manifest; best with --verify full")
+    add("--key", metavar="PUB", help="Ed25519 public key that must have signed the manifest")
     add("--host", default="127.0.0.1", help="address to listen on; default: 127.0.0.1, this machine only")
     add("--port", type=_port, default=8000, help="default: 8000")
     add("--dtype", choices=DTYPES, default="auto", help="default: auto, as the checkpoint says")

@@ -14,19 +14,25 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from ascend.checkpoint import Checkpoint, TensorEntry
 from ascend.devices import Memory, get_device
 from ascend.devices.cpu import CpuDevice
 from ascend.errors import UserError
 from convert.demo import write_demo
+from convert.demo_config import MARKER
+from convert.manifest import MANIFEST, write_manifest
+from convert.signature import sign
 from serve import engine
 from serve.args import REFUSED, parse
 from serve.locked import difference
-from serve.preflight import context_limit, port_holder, reserve_port
+from serve.preflight import check, context_limit, port_holder, reserve_port
 from serve.process import end_session, session_members
 from serve.progress import error_line
 from tests.launcher import LAUNCH, ROOT, free_port
+from tests.test_signature import write_key
+from tests.tiny import edit_config, read_config, user_error
 
 SECONDS = 2.0
 ENV_SH = ROOT / "serve" / "env.sh"
@@ -96,6 +102,10 @@ def taken_port() -> Iterator[int]:
         ("--model /nowhere/at/all", "/nowhere/at/all: no such model directory"),
         (f"--model {__file__}", "is not a directory"),
         (f"--model {ROOT / 'serve'}", "has no config.json"),
+        ("--verify fully", "invalid choice: 'fully'"),
+        ("--verify full", "--verify full needs --model: the demo has no manifest"),
+        ("--key pub.pem", "--key needs --model"),
+        ("--model . --key pub.pem --verify off", "--key asks for a signed manifest, --verify off"),
         ("-- --trust-remote-code", "engine flag '--trust-remote-code' is refused: code that lies in a model"),
         ("-- --port 1", "engine flag '--port' is refused: it is the launcher's own flag"),
     ],
@@ -176,6 +186,80 @@ def remove_tokenizer(path: Path) -> str:
 def test_a_model_that_cannot_be_served(broken: Path, damage: Callable[[Path], str]) -> None:
     expected = damage(broken)
     assert expected in refusal("--device", "cpu", "--port", str(free_port()), "--model", str(broken))
+
+
+def model_of(directory: Path, *, manifest: bool) -> Path:
+    """A checkpoint that does not say it is a demo."""
+    write_demo(directory)
+    config = read_config(directory)
+    (directory / "config.json").write_text(json.dumps({key: config[key] for key in config if key != MARKER}))
+    if manifest:
+        write_manifest(directory, command={}, source={})
+    return directory
+
+
+def checked(capsys: pytest.CaptureFixture[str], model: Path, *arguments: str, early: bool = False) -> str:
+    """What the check prints for a good model."""
+    check(parse(["--port", str(free_port()), "--model", str(model), *arguments]), early)
+    return capsys.readouterr().err
+
+
+def test_nothing_vouches_for_a_model_without_manifest(
+    demo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = model_of(tmp_path / "model", manifest=False)
+    said = checked(capsys, model)
+    assert said.count("\n") == 1
+    assert f"{model}: has no manifest.json, so nothing vouches for its files: `python -m convert manifest DIR`" in said
+    assert checked(capsys, model, "--verify", "off") == ""
+    assert checked(capsys, model, early=True) == ""  # it will be said once
+    assert checked(capsys, demo) == ""
+    for flags in (["--verify", "quick"], ["--verify", "full"], ["--key", "nothing"]):
+        arguments = ["--device", "cpu", "--port", str(free_port()), "--model", str(model), *flags]
+        assert "nothing" in user_error(check, parse(arguments))
+    assert "has no manifest.json" in refusal(
+        "--device", "cpu", "--port", str(free_port()), "--model", str(model), "--verify", "quick"
+    )
+
+
+def test_a_model_is_what_its_manifest_says(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = model_of(tmp_path / "model", manifest=True)
+    assert checked(capsys, model) == ""
+    with (model / "model.safetensors").open("r+b") as stream:
+        stream.seek(-1, 2)
+        stream.write(b"\x55")
+    assert checked(capsys, model) == ""  # the quick check reads no content
+    with pytest.raises(UserError, match=r"model\.safetensors: its content is not what manifest\.json says"):
+        checked(capsys, model, "--verify", "full")
+    assert "hashing 8 files, 0.0 GB: 0 s at 1 GB/s, longer from a slow disk\n" in capsys.readouterr().err
+    assert checked(capsys, model, "--verify", "full", early=True) == ""
+    (model / "evil.py").write_text("print('hello')")
+    edit_config(model, extra=1)
+    line = refusal("--device", "cpu", "--port", str(free_port()), "--model", str(model))
+    assert "config.json: has " in line
+    assert "(and 1 more: `python -m convert verify DIR` lists them)" in line
+    assert checked(capsys, model, "--verify", "off") == ""
+
+
+def test_a_model_is_what_was_signed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = model_of(tmp_path / "model", manifest=True)
+    key = write_key(tmp_path / "key", Ed25519PrivateKey.generate())
+    pub = ["--key", str(tmp_path / "key.pub")]
+    with pytest.raises(UserError, match=r"manifest\.sig: missing, so manifest\.json is not signed"):
+        checked(capsys, model, *pub)
+    sign(model, key)
+    assert "hashing" in checked(capsys, model, *pub)
+    assert checked(capsys, model, *pub, "--verify", "quick") == checked(capsys, model) == ""
+    text = (model / "README.md").read_text()
+    (model / "README.md").write_text(text.swapcase())  # of the same size
+    with pytest.raises(UserError, match=r"README\.md: its content is not what manifest\.json says"):
+        checked(capsys, model, *pub)
+    (model / "README.md").write_text("other")
+    write_manifest(model, command={}, source={})
+    assert checked(capsys, model) == ""  # who can write here can write a manifest
+    assert checked(capsys, model, *pub, early=True) == ""  # before there is an environment no signature can be checked
+    line = refusal("--device", "cpu", "--port", str(free_port()), "--model", str(model), *pub)
+    assert f"{model / MANIFEST}: is not what {pub[1]} signed" in line
 
 
 def test_a_context_beyond_the_models(demo: Path) -> None:

@@ -63,6 +63,13 @@ def test_zeros_stay_zeros() -> None:
     assert torch.equal(quantise.dequantised_int4(*quantise.int4_weight(zero)), zero)
 
 
+def test_weights_too_small_for_a_scale_become_zero() -> None:
+    weight = torch.full((1, 8), 2.0**-24, dtype=torch.float16)
+    for value, scale in (quantise.int8_weight(weight), quantise.int4_weight(weight, 8)):
+        assert scale.item() == 0
+        assert not (value if value.dtype is torch.int8 else quantise.int4_values(value)).any()
+
+
 @examples
 @given(seed=SEEDS, dtype=DTYPES, group=st.sampled_from([8, 32, 128]))
 def test_int4_packs_and_unpacks(seed: int, dtype: torch.dtype, group: int) -> None:
@@ -79,10 +86,11 @@ def test_int4_packs_and_unpacks(seed: int, dtype: torch.dtype, group: int) -> No
 
 
 def test_int4_words_hold_the_first_input_lowest() -> None:
-    weight = torch.arange(-7, 1).float()[None]
+    weight = torch.tensor([[-7.5, -6, -5, -4, -3, -2, -1, 0]])
     packed, scale = quantise.int4_weight(weight, 8)
     assert scale.item() == 1
-    assert packed.item() & 0xFFFFFFFF == sum((value + 8) << 4 * i for i, value in enumerate(range(-7, 1)))
+    expected = (-8, -6, -5, -4, -3, -2, -1, 0)
+    assert packed.item() & 0xFFFFFFFF == sum((value + 8) << 4 * i for i, value in enumerate(expected))
 
 
 @pytest.mark.parametrize(("inputs", "group"), [(100, 128), (24, 12), (7, 7)])
