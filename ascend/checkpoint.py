@@ -100,7 +100,7 @@ def read_config(path: Path) -> dict[str, Any]:
     file = path / "config.json"
     if not file.is_file():
         raise UserError(f"{path}: is not a model directory, it has no config.json")
-    config = _parse_json(file, file.read_bytes())
+    config = parse_json(file, file.read_bytes())
     model_type = config.get("model_type")
     if model_type not in MODEL_TYPES:
         raise UserError(f"{file}: model_type is {model_type!r}, this toolkit serves {' and '.join(MODEL_TYPES)}")
@@ -117,7 +117,7 @@ def read_header(file: Path) -> dict[str, TensorEntry]:
         length = int.from_bytes(stream.read(8), "little")
         if size < 8 or length > min(MAX_HEADER_BYTES, size - 8):
             raise UserError(f"{file}: not a safetensors file, or cut off within its header ({size} bytes)")
-        header = _parse_json(file, stream.read(length))
+        header = parse_json(file, stream.read(length))
     header.pop("__metadata__", None)
     entries = {name: _entry(file, name, value, 8 + length) for name, value in header.items()}
     end = 8 + length
@@ -164,7 +164,7 @@ def _check_name(file: Path, name: str) -> None:
 
 def _read_index(path: Path) -> dict[str, Path]:
     file = path / INDEX
-    weight_map = _parse_json(file, file.read_bytes()).get("weight_map")
+    weight_map = parse_json(file, file.read_bytes()).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise UserError(f"{file}: has no weight_map")
     for name, shard in weight_map.items():
@@ -177,7 +177,8 @@ def _read_index(path: Path) -> dict[str, Path]:
     return {name: path / shard for name, shard in weight_map.items()}
 
 
-def _parse_json(file: Path, text: bytes) -> dict[str, Any]:
+def parse_json(file: Path, text: bytes) -> dict[str, Any]:
+    """Read a JSON object, in which no key may stand twice. Raises `UserError` that names the file."""
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         value: dict[str, Any] = {}
         for key, item in pairs:

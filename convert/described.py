@@ -9,7 +9,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from ascend.checkpoint import Checkpoint, _parse_json
+from ascend.checkpoint import Checkpoint, parse_json
 from ascend.stored import FP8_BLOCK, PLAIN, StoredWeight
 from convert.classes import MATRICES, tensor_class
 
@@ -42,7 +42,7 @@ def check_described(checkpoint: Checkpoint, weights: Mapping[str, StoredWeight])
         for problem in _check_config(said, weights):
             yield f"{checkpoint.path / 'config.json'}: quantization_config {problem}"
     if is_modelslim:
-        for problem in _check_modelslim(_parse_json(file, file.read_bytes()), checkpoint, weights):
+        for problem in _check_modelslim(parse_json(file, file.read_bytes()), checkpoint, weights):
             yield f"{file}: {problem}"
 
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import ascend
-from ascend.checkpoint import _parse_json, read_header
+from ascend.checkpoint import parse_json, read_header
 from ascend.errors import UserError
 from convert.files import MANIFEST, SIGNATURE, DiffersError, is_file_name, listing, sha256_of
 from convert.staging import FILE_MODE, sync
@@ -134,7 +134,7 @@ def read_manifest(directory: Path, content: bytes | None = None) -> Manifest:
     """Read a manifest, or ``content`` that was read and found to be signed. Raises `UserError` if it is malformed."""
     file = directory / MANIFEST
     content = manifest_bytes(directory) if content is None else content
-    value = _parse_json(file, content)
+    value = parse_json(file, content)
     if value.get("manifest_version") != VERSION:
         raise UserError(
             f"{file}: manifest_version is {value.get('manifest_version')!r}, this version reads {VERSION}; "

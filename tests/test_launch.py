@@ -254,6 +254,7 @@ def test_a_model_is_what_was_signed(tmp_path: Path, capsys: pytest.CaptureFixtur
     (model / "README.md").write_text(text.swapcase())  # of the same size
     with pytest.raises(UserError, match=r"README\.md: its content is not what manifest\.json says"):
         checked(capsys, model, *pub)
+    capsys.readouterr()
     (model / "README.md").write_text("other")
     write_manifest(model, command={}, source={})
     assert checked(capsys, model) == ""  # who can write here can write a manifest
