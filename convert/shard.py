@@ -63,7 +63,8 @@ def convert_shard(
     tensors = [output for item in shard.items for output in item.outputs]
     with Reader() as reader, ShardWriter(work.directory / shard.file, tensors) as writer:
         for number, item in enumerate(shard.items):
-            reader.will_need(ahead.source.values for ahead in shard.items[number + 1 : number + 1 + READ_AHEAD])
+            if number % READ_AHEAD == 0:
+                reader.will_need(ahead.source.values for ahead in shard.items[number + 1 :][: 2 * READ_AHEAD])
             check_beside(item.source, reader)
             if item.is_copied and item.source.name not in scales:
                 _copy(item, reader, writer)
