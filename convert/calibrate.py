@@ -75,7 +75,7 @@ def calibrate(
         model = BailingMoeV2ForCausalLM(CONFIGS[checkpoint.config["model_type"]](**checkpoint.config)).float()
     check_tensors(checkpoint.path, stored, model)
     items = {item.source.name: item for item in plan.items()}
-    _check(checkpoint, items)
+    check_calibration(checkpoint, plan)
     config, tokens = model.config, sum(map(len, texts))
     depth = config.num_hidden_layers
     held = FP32_PER_TOKEN * 4 * tokens * config.hidden_size
@@ -94,8 +94,9 @@ def calibrate(
     return CalibrationReport(len(texts), tokens, MIN_TOKENS, tuple(calibration.reports), tuple(drafting))
 
 
-def _check(checkpoint: Checkpoint, items: Mapping[str, Item]) -> None:
-    experts = [item for item in items.values() if item.to == "w4a16"]
+def check_calibration(checkpoint: Checkpoint, plan: Plan) -> None:
+    """Raise `UserError` if a plan has nothing to calibrate."""
+    experts = [item for item in plan.items() if item.to == "w4a16"]
     if not experts:
         raise UserError("--calibrate: no expert is rounded to INT4 here; leave it out")
     before = next((item.source.name for item in experts if item.source.format == "w4a16"), None)

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -122,7 +122,9 @@ class _InParts(nn.Module):
 class _StreamedExperts(nn.Module):
     """Stands where a layer's `Experts` would, and reads each when its turn comes."""
 
-    def __init__(self, layer: int, stored: Mapping[str, StoredWeight], observer: Observer[A], threads: Threads) -> None:
+    def __init__(
+        self, layer: int, stored: Mapping[str, StoredWeight], observer: Observer[Any], threads: Threads
+    ) -> None:
         super().__init__()
         self.layer, self.stored, self.observer, self.threads = layer, stored, observer, threads
 
@@ -130,7 +132,7 @@ class _StreamedExperts(nn.Module):
         chosen = Chosen.of(weight_TK, expert_TK)
         self.observer.layer(self.layer, x_TH, chosen)
 
-        def run(expert: int) -> tuple[Tensor, A | None]:
+        def run(expert: int) -> tuple[Tensor, Any]:
             gate, up, down_HI = (read_weight(self.stored[expert_name(self.layer, expert, one)]) for one in PROJECTIONS)
             x_NH = x_TH[chosen.token_N[expert]]
             inner_NI = F.silu(ops.linear(x_NH, gate, None)) * ops.linear(x_NH, up, None)

@@ -68,7 +68,9 @@ def _steps(args: argparse.Namespace, job: Job, texts: list[list[int]]) -> Steps:
     """Turn flags into what is done besides; whatever can be refused is refused here, before hours of work."""
     calibration = check = signing = None
     if texts:
-        from convert.calibrate import calibrate
+        from convert.calibrate import calibrate, check_calibration
+
+        check_calibration(job.checkpoint, job.plan)
 
         def calibration(file: Path) -> dict[str, Any]:
             return calibrate(job.checkpoint, texts, job.plan, file, _say).as_json()

@@ -20,7 +20,7 @@ from ascend.errors import UserError
 from ascend.progress import Progress
 from convert.carried import Beside, beside, write_beside
 from convert.demo_tokenizer import to_json
-from convert.journal import Journal
+from convert.journal import Journal, work_directory
 from convert.manifest import MANIFEST, FileRecord, read_manifest, write_manifest, write_whole
 from convert.plan import Plan, Request, Shard, plain_dtype, plan
 from convert.quality import PLOT, REPORT, by_class, plot, report
@@ -108,7 +108,7 @@ def convert(
     Raises `UserError`, one line, whatever goes wrong; finished files stay beside the target for the same command.
     """
     begun = time.monotonic()
-    if _is_there(job):
+    if _is_there(job) and not work_directory(job.target).exists():
         return Converted(job.target, job.plan.nbytes, 0.0, len(job.plan.shards), None)
     what = {"plan": job.plan.sha256(job.fingerprint), "source": change_times(job.checkpoint)}
     with Journal(job.target, what, restart) as journal:
@@ -117,7 +117,7 @@ def convert(
             return Converted(job.target, job.plan.nbytes, 0.0, len(job.plan.shards), None)
         reused = len(journal.finished)
         try:
-            _check_room(job, journal)
+            _check_room(job, journal, steps)
             calibration = _calibrated(journal, steps)
             _make_files(job, journal, workers, said, calibration)
             if what["source"] != change_times(job.checkpoint):
@@ -146,9 +146,11 @@ def _is_there(job: Job) -> bool:
     raise UserError(f"{job.target} is not empty: it is never overwritten, give another directory")
 
 
-def _check_room(job: Job, journal: Journal) -> None:
+def _check_room(job: Job, journal: Journal, steps: Steps) -> None:
     """Refuse at once what would fail after hours."""
     missing = sum(shard.nbytes for shard in _missing(job, journal)) + BESIDE_BYTES
+    if steps.calibrate is not None:  # a factor per row and column of each weight, in fp32
+        missing += sum(4 * sum(item.source.shape) for item in job.plan.items() if item.to == "w4a16")
     free = shutil.disk_usage(journal.path).free
     if missing > free:
         raise UserError(

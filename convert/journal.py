@@ -14,6 +14,7 @@ import fcntl
 import json
 import os
 import shutil
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
@@ -45,6 +46,7 @@ class Journal:
         self.files = self.path / FILES
         self.descriptor = self._hold()
         try:
+            (self.path / HOLDER).write_text(f"{os.getpid()}\n")
             found = None if restart else self._read(what)
             self.finished = found or {}
             self._clear(begin_anew=found is None)
@@ -53,6 +55,9 @@ class Journal:
             os.chmod(self.path / JOURNAL, FILE_MODE)
             if found is None:
                 self._append(what)
+        except OSError as error:
+            os.close(self.descriptor)
+            raise UserError(f"cannot write to {self.path}: {error.strerror}") from None
         except BaseException:
             os.close(self.descriptor)
             raise
@@ -70,18 +75,23 @@ class Journal:
         while True:
             try:
                 self.path.mkdir(mode=DIRECTORY_MODE, exist_ok=True)
-                descriptor = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
             except OSError as error:
                 raise UserError(f"cannot write to {self.path.parent}: {error.strerror}") from None
+            try:
+                descriptor = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            except FileNotFoundError:  # whoever held it has just finished
+                continue
+            except OSError as error:
+                raise UserError(f"{self.path}: cannot be opened: {error.strerror}") from None
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 os.close(descriptor)
                 raise UserError(f"{self.path} is in use by {self._holder()}: it converts to the same target") from None
             # Whoever held it may have finished between our opening and our lock: then this is its target now.
-            if os.path.exists(self.path) and os.path.samestat(os.stat(self.path), os.fstat(descriptor)):
-                (self.path / HOLDER).write_text(f"{os.getpid()}\n")
-                return descriptor
+            with suppress(FileNotFoundError):
+                if os.path.samestat(os.stat(self.path), os.fstat(descriptor)):
+                    return descriptor
             os.close(descriptor)
 
     def _holder(self) -> str:
@@ -120,10 +130,9 @@ class Journal:
             for entry in self.path.iterdir():
                 if entry.name not in (HOLDER, FILES):
                     entry.unlink()
-        else:  # a torn last line goes
+        else:  # a torn last line goes, in place: the others are never away
             file = self.path / JOURNAL
-            text = file.read_text(encoding="utf-8")
-            file.write_text(text[: text.rfind("\n") + 1], encoding="utf-8")
+            os.truncate(file, file.read_bytes().rfind(b"\n") + 1)
 
     def finish(self, result: ShardResult) -> None:
         """Record a file that is durable under its name."""
@@ -150,7 +159,8 @@ class Journal:
     def discard_partial(self) -> None:
         """Remove what was half written, after a run that could not go on: it may have filled the disk."""
         for file in self.files.glob(f"*{PARTIAL}"):
-            file.unlink(missing_ok=True)
+            with suppress(OSError):  # that of a disk which has become read-only stays
+                file.unlink()
 
 
 def _line(entry: dict[str, Any]) -> str:

@@ -50,7 +50,10 @@ class _Pool:
         for _ in range(workers):
             ours, theirs = context.Pipe()
             process = context.Process(target=_worker, args=(work, theirs, self.read, os.getpid()), daemon=True)
+            # Ctrl-C reaches it too while it still imports; a mask is inherited, and that of the parent ends us both.
+            mask = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
             process.start()
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
             theirs.close()
             self.processes.append(process)
             self._give(ours, process)
