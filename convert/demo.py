@@ -5,10 +5,8 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
-import re
 import shutil
 import signal
 import sys
@@ -16,16 +14,16 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from ascend.errors import UserError, suggest
+from convert.arguments import Parser
 from convert.demo_config import CONFIG_ONLY, DTYPES, MARKER, NOTE, SIZES, demo_config, generation_config
 from convert.demo_tokenizer import to_json, tokenizer_files
 from convert.demo_weights import KINDS, write_weights
 from convert.shapes import count, tensor_shapes
+from convert.sizes import parse_size
 from convert.staging import staged_directory
-
-_UNITS = {"MB": 10**6, "GB": 10**9, "MIB": 2**20, "GIB": 2**30}
 
 
 @dataclass(frozen=True)
@@ -81,7 +79,7 @@ def write_demo(
         config[MARKER]["weights"] = weights
     shapes = {} if size in CONFIG_ONLY else tensor_shapes(config)
     parameters, weight_bytes = count(shapes)
-    max_shard_bytes = _parse_size(max_shard_size)
+    max_shard_bytes = parse_size(max_shard_size)
     target = Path(path).resolve()
     _check_target(target, force, weight_bytes)
 
@@ -112,7 +110,7 @@ def is_demo(path: str | os.PathLike[str]) -> bool:
 
 def main(argv: Sequence[str]) -> int:
     """Run `python -m convert demo` with ``argv``."""
-    parser = _Parser(prog="python -m convert demo", description=f"Write a demo checkpoint. {NOTE}", allow_abbrev=False)
+    parser = Parser("demo", f"Write a demo checkpoint. {NOTE}")
     parser.add_argument("dir", metavar="DIR", help="directory to make")
     parser.add_argument("--size", default="tiny", metavar="|".join(SIZES), help="ling-*: config and tokenizer only")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="chooses the weights (default 0)")
@@ -125,10 +123,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--max-shard-size", default="512MB", metavar="SIZE", help="largest weight file (default 512MB)")
     parser.add_argument("--force", action="store_true", help="replace a demo that is already there")
     parser.add_argument("--json", action="store_true", help="print the result as one JSON document")
-    args, unknown = parser.parse_known_args(argv)
-    if unknown:
-        known = [option for action in parser._actions for option in action.option_strings]
-        raise UserError(f"unknown argument '{unknown[0]}'{suggest(unknown[0].split('=')[0], known)}; see --help")
+    args = parser.read(argv)
 
     # A plain SIGTERM would leave the staging directory behind.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
@@ -152,13 +147,6 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
-class _Parser(argparse.ArgumentParser):
-    """Reports a mistake as a `UserError` instead of printing the usage and leaving."""
-
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}; see `{self.prog} --help`")
-
-
 def _check_target(target: Path, force: bool, weight_bytes: int) -> None:
     """Refuse early what would fail after the work, or would destroy something."""
     try:
@@ -176,13 +164,6 @@ def _check_target(target: Path, force: bool, weight_bytes: int) -> None:
         raise UserError(f"{target} already holds a demo: give --force to replace it, or another directory")
     if weight_bytes > free:
         raise UserError(f"{target.parent} has {free / 1e9:.2f} GB free, the weights need {weight_bytes / 1e9:.2f} GB")
-
-
-def _parse_size(text: str) -> int:
-    match = re.fullmatch(r"(\d+)\s*([a-z]+)", text.strip(), re.IGNORECASE)
-    if not match or match[2].upper() not in _UNITS or int(match[1]) == 0:
-        raise UserError(f"max shard size '{text}' is not a size: write it like 512MB or 5GB")
-    return int(match[1]) * _UNITS[match[2].upper()]
 
 
 def _readme(marker: dict[str, Any], dtype: str, parameters: int) -> str:

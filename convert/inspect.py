@@ -5,21 +5,21 @@ Nothing is loaded or run: a directory with code or pickles in it is described, t
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from ascend.checkpoint import INDEX, PICKLE_SUFFIXES, SINGLE, open_checkpoint, read_config
 from ascend.cost import ByPart, active_parameters, parameters, weight_bytes
-from ascend.errors import UserError, suggest
+from ascend.errors import UserError
 from ascend.model_shape import ModelShape
 from ascend.precision import PRECISIONS, Precision
 from ascend.stored import PLAIN, stored_weights
+from convert.arguments import Parser
 from convert.cards import Fit, fits
 from convert.classes import CLASSES, layer_of, tensor_class
 from convert.inspect_page import page
@@ -106,27 +106,13 @@ def as_json(report: Report) -> dict[str, Any]:
 
 def main(argv: Sequence[str]) -> int:
     """Run `python -m convert inspect` with ``argv``."""
-    parser = _Parser(
-        prog="python -m convert inspect",
-        description="Describe a checkpoint, or what a config.json stands for, from headers alone.",
-        allow_abbrev=False,
-    )
+    parser = Parser("inspect", "Describe a checkpoint, or what a config.json stands for, from headers alone.")
     parser.add_argument("path", metavar="DIR|config.json")
     parser.add_argument("--json", action="store_true", help="print one JSON document")
-    args, unknown = parser.parse_known_args(argv)
-    if unknown:
-        known = [option for action in parser._actions for option in action.option_strings]
-        raise UserError(f"unknown argument '{unknown[0]}'{suggest(unknown[0].split('=')[0], known)}; see --help")
+    args = parser.read(argv)
     report = inspect(args.path)
     print(json.dumps(as_json(report)) if args.json else page(report))
     return 0
-
-
-class _Parser(argparse.ArgumentParser):
-    """Reports a mistake as a `UserError` instead of printing the usage and leaving."""
-
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}; see `{self.prog} --help`")
 
 
 def _shape(config: Mapping[str, Any]) -> ModelShape:
