@@ -179,6 +179,7 @@ def _read_index(path: Path) -> dict[str, Path]:
 
 def parse_json(file: Path, text: bytes) -> dict[str, Any]:
     """Read a JSON object, in which no key may stand twice. Raises `UserError` that names the file."""
+
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         value: dict[str, Any] = {}
         for key, item in pairs:

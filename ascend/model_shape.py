@@ -88,6 +88,17 @@ class ModelShape:
         return layer >= self.first_k_dense_replace
 
 
+def context_limit(config: Mapping[str, Any]) -> int | None:
+    """Return how many tokens the positions reach; with YaRN that is its factor times the original length."""
+    longest = config.get("max_position_embeddings")
+    rope = config.get("rope_scaling") or config.get("rope_parameters")
+    if isinstance(rope, dict) and "yarn" in (rope.get("type"), rope.get("rope_type")):
+        original, factor = rope.get("original_max_position_embeddings") or longest, rope.get("factor")
+        if isinstance(original, int) and isinstance(factor, (int, float)):
+            return int(original * factor)
+    return longest if isinstance(longest, int) else None
+
+
 _MAY_BE_ZERO = ("num_shared_experts", "first_k_dense_replace")
 
 # The dense model that the family's "three times as fast as 36B" is taken to mean: the published shape of Seed-OSS-36B,

@@ -32,7 +32,7 @@ _PATTERNS = tuple(
         (r"attention\.", "attention"),
     )
 )
-_LAYER = re.compile(r"model\.layers\.(\d+)\.(.+)")
+_LAYER = re.compile(r"model\.layers\.(\d{1,9})\.(.+)")
 
 
 def layer_of(name: str) -> int | None:
@@ -53,5 +53,5 @@ def model_order(name: str) -> tuple[float, int, str]:
     layer = layer_of(name)
     if layer is None:
         return (-1 if name.startswith("model.word_embeddings") else float("inf"), -1, name)
-    expert = re.search(r"\.experts\.(\d+)\.", name)
+    expert = re.search(r"\.experts\.(\d{1,9})\.", name)
     return (layer, int(expert[1]) if expert else -1, name)

@@ -14,6 +14,8 @@ from types import FrameType
 from typing import Any
 
 from ascend.checkpoint import read_config
+from ascend.model_shape import ModelShape, context_limit
+from convert import cards
 from convert.arguments import Parser
 from convert.engine import Converted, Job, Steps, convert, prepare
 from convert.plan import Request
@@ -141,9 +143,18 @@ def _print_plan(job: Job, as_json: bool) -> None:
     print(table(classes))
     print(f"{gigabytes(before)} in, {gigabytes(after)} out in {len(plan.shards)} files ({after:,} bytes)")
     _print_notes(job)
+    print(f"\n{cards.table(_fits(job, classes))}")
     if as_json:
         files = {shard.file: shard.nbytes for shard in plan.shards}
         print(json.dumps({"request": plan.request.as_json(), "classes": classes, "bytes": after, "files": files}))
+
+
+def _fits(job: Job, classes: dict[str, dict[str, Any]]) -> list[cards.Fit]:
+    """Which cards the target will fit on."""
+    config = job.checkpoint.config
+    nbytes = {name: one["bytes_after"] for name, one in classes.items()}
+    context = context_limit(config) or cards.SEQUENCE_LENGTH
+    return cards.fits(ModelShape.from_config(config), nbytes, {item.to for item in job.plan.items()}, context)
 
 
 def _print_notes(job: Job) -> None:

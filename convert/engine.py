@@ -205,7 +205,7 @@ def _group(plan: Plan) -> int:
 
 
 def _line(result: ShardResult, done: int, files: int, read: int, total: int, seconds: float) -> str:
-    rate = read / seconds
+    rate = max(read, 1) / seconds
     left = (total - read) / rate
     return (
         f"{result.file}: {result.nbytes / 1e9:.2f} GB written, {done} of {files} files, "

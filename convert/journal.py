@@ -14,6 +14,7 @@ import fcntl
 import json
 import os
 import shutil
+import time
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
@@ -95,10 +96,11 @@ class Journal:
             os.close(descriptor)
 
     def _holder(self) -> str:
-        try:
-            return f"pid {int((self.path / HOLDER).read_text())}"
-        except (OSError, ValueError):
-            return "another process"
+        for _ in range(20):  # it may have taken the directory a moment ago
+            with suppress(OSError, ValueError):
+                return f"pid {int((self.path / HOLDER).read_text())}"
+            time.sleep(0.05)
+        return "another process"
 
     def _read(self, what: dict[str, Any]) -> dict[str, ShardResult] | None:
         """The files that are finished; None where nothing was begun."""

@@ -14,7 +14,7 @@ from typing import Any
 
 from ascend.errors import UserError
 
-_EXPERT = re.compile(r"\.experts\.(\d+)\.")
+_EXPERT = re.compile(r"\.experts\.(\d{1,9})\.")
 
 
 @dataclass(frozen=True)

@@ -94,8 +94,8 @@ class _Pool:
                     raise answer
                 if isinstance(answer, str):
                     raise RuntimeError(answer)
+                yield answer  # recorded by who asked: at most one finished file of a process is not, whenever we end
                 self._give(connection, process)
-                yield answer
 
 
 def _worker(work: Work, connection: Connection, read: Synchronized[int], parent: int) -> None:

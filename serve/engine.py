@@ -15,9 +15,9 @@ from typing import Any
 from ascend.checkpoint import Checkpoint
 from ascend.devices import get_device
 from ascend.errors import UserError
+from ascend.model_shape import context_limit
 from ascend.stored import PLAIN, stored_weights
 from serve.args import LaunchSettings
-from serve.preflight import context_limit
 
 GIB = 2**30
 # Below this torch.compile costs more than it can win back: on 2 cores it made the first start of a 4 MB model

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from ascend.checkpoint import Checkpoint, open_checkpoint
 from ascend.errors import UserError, run_command
+from ascend.model_shape import context_limit
 from convert.demo_config import MARKER
 from convert.manifest import MANIFEST, NOTHING_VOUCHES, check_full, check_quick, read_manifest, summary
 from serve.args import LaunchSettings, parse
@@ -149,17 +150,6 @@ def has_chat_template(path: Path) -> bool:
         return True
     file = path / "tokenizer_config.json"
     return file.exists() and '"chat_template"' in file.read_text(errors="replace")
-
-
-def context_limit(config: dict[str, object]) -> int | None:
-    """Return how many tokens the positions reach; with YaRN that is its factor times the original length."""
-    longest = config.get("max_position_embeddings")
-    rope = config.get("rope_scaling") or config.get("rope_parameters")
-    if isinstance(rope, dict) and "yarn" in (rope.get("type"), rope.get("rope_type")):
-        original, factor = rope.get("original_max_position_embeddings") or longest, rope.get("factor")
-        if isinstance(original, int) and isinstance(factor, (int, float)):
-            return int(original * factor)
-    return longest if isinstance(longest, int) else None
 
 
 def main() -> None:

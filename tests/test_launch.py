@@ -20,6 +20,7 @@ from ascend.checkpoint import Checkpoint, TensorEntry
 from ascend.devices import Memory, get_device
 from ascend.devices.cpu import CpuDevice
 from ascend.errors import UserError
+from ascend.model_shape import context_limit
 from convert.demo import write_demo
 from convert.demo_config import MARKER
 from convert.manifest import MANIFEST, write_manifest
@@ -27,7 +28,7 @@ from convert.signature import sign
 from serve import engine
 from serve.args import REFUSED, parse
 from serve.locked import difference
-from serve.preflight import check, context_limit, port_holder, reserve_port
+from serve.preflight import check, port_holder, reserve_port
 from serve.process import end_session, session_members
 from serve.progress import error_line
 from tests.launcher import LAUNCH, ROOT, free_port
