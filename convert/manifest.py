@@ -202,6 +202,9 @@ def check_full(
                 )
         except DiffersError as problem:
             return f"{directory / name}: {problem}"
+        except BaseException:
+            stop.set()  # the others need not go on
+            raise
         return None
 
     names = [name for name, nbytes in found.items() if nbytes == manifest.files[name].nbytes]

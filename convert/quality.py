@@ -8,7 +8,7 @@ digits: the report of the same weights is the same text.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from convert.rounding import Errors
 WORST = 10
 REPORT, PLOT = "conversion.json", "conversion.svg"
 ERROR_KEYS = ("mean_relative_error", "max_relative_error")
-BIN = 0.05  # of the histogram, in powers of ten
+BINS = 50
 
 
 @dataclass
@@ -133,25 +133,24 @@ def plot(file: Path, classes: Mapping[str, ClassQuality]) -> None:
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
+    from matplotlib.ticker import PercentFormatter
 
+    found = {
+        name: [mean_error(errors) for errors in one.errors.values()] for name, one in classes.items() if one.errors
+    }
+    margins = {"left": 0.09, "right": 0.98, "top": 0.92, "bottom": 0.12}
     with pyplot.rc_context({"svg.hashsalt": "antangelmed", "svg.fonttype": "none"}):
-        figure, axes = pyplot.subplots(figsize=(8, 4.5))
-        for name, one in classes.items():
-            values = [mean_error(errors) for errors in one.errors.values() if errors.squared_error > 0]
-            if values:
-                axes.hist(values, _bins(values), histtype="step", linewidth=1.5, label=f"{name} ({len(values)})")
-        axes.set_xscale("log")
+        figure, axes = pyplot.subplots(figsize=(8, 4.5), gridspec_kw=margins)
+        axes.hist(list(found.values()), BINS, histtype="step", log=True, linewidth=1.5, label=_labels(found))
+        axes.xaxis.set_major_formatter(PercentFormatter(1.0))
+        axes.yaxis.set_major_formatter("{x:g}")  # a power of ten would be a formula, which takes long to set
         axes.set_xlabel("error of a tensor's values over their size (root mean squares)")
         axes.set_ylabel("tensors")
         axes.set_title("What rounding did to the weights")
-        if axes.has_data():
-            axes.legend()
-        figure.tight_layout()
+        axes.legend()
         figure.savefig(file, format="svg", metadata={"Date": None})
         pyplot.close(figure)
 
 
-def _bins(values: Iterable[float]) -> list[float]:
-    exponents = [math.log10(value) for value in values]
-    first, last = math.floor(min(exponents) / BIN), math.ceil(max(exponents) / BIN)
-    return [10 ** (edge * BIN) for edge in range(first, max(last, first + 1) + 1)]
+def _labels(found: Mapping[str, list[float]]) -> list[str]:
+    return [f"{name} ({len(errors)})" for name, errors in found.items()]

@@ -184,6 +184,7 @@ def test_the_same_bytes_on_any_number_of_cores(
     assert torch.get_num_threads() == threads
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("source", ["fp8", "w8a8"])
 def test_a_quantised_source(source: str, heavy: dict[str, Path], tmp_path: Path) -> None:
     """What it finds is close to what it finds for the weights that were rounded."""

@@ -164,8 +164,13 @@ SOURCES = ("fp8", "w8a8", "modelslim", "w4a16", "fp8-channel")
 LARGEST_STEP = {"fp8": 1 / 16, "w8a8": 1 / 127, "w4a16": 1 / 7, "bf16": 1 / 256}  # of a weight, or of a row's largest
 
 
-@pytest.mark.parametrize("to", ["fp8", "w8a8", "w4a16", "bf16"])
-@pytest.mark.parametrize("source", SOURCES)
+PAIRS = [(source, to) for source in SOURCES for to in ("fp8", "w8a8", "w4a16", "bf16")]
+QUICK = {("fp8", "w8a8"), ("w8a8", "bf16"), ("modelslim", "w8a8"), ("fp8-channel", "fp8"), ("w4a16", "w4a16")}
+
+
+@pytest.mark.parametrize(
+    ("source", "to"), [pair if pair in QUICK else pytest.param(*pair, marks=pytest.mark.slow) for pair in PAIRS]
+)
 def test_every_format_is_a_source_for_every_other(source: str, to: str, made: dict[str, Path], tmp_path: Path) -> None:
     src = fp8_channel(made["w8a8"], tmp_path / "source") if source == "fp8-channel" else made[source]
     target = run(src, tmp_path / "target", target=to)

@@ -77,6 +77,7 @@ def test_logits_stay_near_on_heavy_tailed_weights(to: str, heavy: Path, tmp_path
     assert cosine(wanted, free) >= least_free
 
 
+@pytest.mark.slow
 def test_check_says_what_came_of_it(heavy: Path, tmp_path: Path) -> None:
     """The figures of ``--check`` against a second calculation."""
     texts = [row[:n].tolist() for row, n in zip(IDS, (40, 9), strict=True)]

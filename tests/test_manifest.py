@@ -356,6 +356,7 @@ def test_it_needs_nothing_that_is_slow_or_not_installed_yet() -> None:
     assert done.stdout == "set()\n"
 
 
+@pytest.mark.slow
 def test_hashing_keeps_memory_flat(tmp_path: Path) -> None:
     with (tmp_path / "large.safetensors").open("wb") as stream:
         os.truncate(stream.fileno(), 300 << 20)

@@ -191,6 +191,7 @@ LEFT_OUT = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("to", FORMATS)
 @pytest.mark.parametrize("what", LEFT_OUT)
 def test_modules_may_be_left_out(
@@ -518,6 +519,7 @@ def rank_of(rank: int, tensor: int, experts: int, ranks: int = 2) -> Parallel:
     return Parallel.mesh(Imagined(rank, ranks), tensor, experts)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("tensor", "experts"), [(2, 2), (2, 1)])
 @pytest.mark.parametrize("to", FORMATS)
 def test_a_ranks_part_is_what_it_would_quantise_itself(

@@ -43,6 +43,7 @@ def converted(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in REQUESTS if name != "fp8"])
 def test_what_we_convert_is_what_it_loads(name: str, converted: Path) -> None:
     assert problems(converted / name) == []
