@@ -257,7 +257,6 @@ def test_an_error_that_is_no_loss_stays_itself(four: Ranks) -> None:
     four.call(_collectives, torch.float32, 3)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("rank", "missing"), [(0, "rank 1 of 2"), (1, "rank 0 of 2")])
 def test_rank_that_does_not_come_to_the_start_is_named(rank: int, missing: str) -> None:
     begun = time.monotonic()
