@@ -204,7 +204,15 @@ class Command:
         command = [sys.executable, "-m", "convert", to, str(source), str(target), "--max-shard-size", "1MB", *options]
         self.target, self.work = target, target.with_name(f".{target.name}.converting")
         self.process = subprocess.Popen(
-            command, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True
+            command,
+            cwd=ROOT,
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            start_new_session=True,
+            preexec_fn=lambda: signal.signal(
+                signal.SIGINT, signal.SIG_DFL
+            ),  # a shell ignores it for what it puts aside
         )
 
     def until_recorded(self, count: int) -> None:

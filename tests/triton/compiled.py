@@ -11,8 +11,10 @@ all count as aligned to 16 bytes, views too.
 
 from __future__ import annotations
 
+import hashlib
 import inspect
 import linecache
+import os
 import re
 import subprocess
 import sys
@@ -30,6 +32,11 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime import jit
 
+# A cache for this directory alone: Triton's key is the source, but what it keeps names files, maybe of a checkout that
+# is gone, and lines are looked up there.
+ROOT = Path(__file__).parents[2]
+CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "antangelmed"
+os.environ["TRITON_CACHE_DIR"] = str(CACHE / f"triton-{hashlib.sha256(str(ROOT).encode()).hexdigest()[:12]}")
 TARGET = GPUTarget("cuda", 90, 32)
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 # Of a Hopper multiprocessor (CUDA programming guide, compute capability 9.0).
