@@ -9,6 +9,7 @@ import os
 import signal
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -55,7 +56,8 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
+    with suppress(OSError):  # a terminal that is gone is no reason to stop
+        print(line, file=sys.stderr, flush=True)
 
 
 def _texts(file: str | None, source: Path) -> list[list[int]]:
@@ -167,7 +169,9 @@ def _print_notes(job: Job) -> None:
 def _print_result(job: Job, done: Converted, as_json: bool) -> None:
     document: dict[str, Any] = {"target": str(done.target), "bytes": done.nbytes, "seconds": round(done.seconds, 3)}
     if done.report is None:
-        print(f"{done.target}: is there already, made by this very command")
+        print(
+            f"{done.target}: is there already, made by this very command; `python -m convert verify` checks its bytes"
+        )
     else:
         print(table(done.report["classes"]))
         _print_notes(job)

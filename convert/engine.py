@@ -11,6 +11,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,16 @@ from ascend.progress import Progress
 from convert.carried import Beside, beside, write_beside
 from convert.demo_tokenizer import to_json
 from convert.journal import Journal, work_directory
-from convert.manifest import MANIFEST, FileRecord, read_manifest, write_manifest, write_whole
+from convert.manifest import (
+    MANIFEST,
+    SIGNATURE,
+    FileRecord,
+    check_quick,
+    read_manifest,
+    summary,
+    write_manifest,
+    write_whole,
+)
 from convert.plan import Plan, Request, Shard, plain_dtype, plan
 from convert.quality import PLOT, REPORT, by_class, plot, report
 from convert.shard import ShardResult, Work
@@ -84,13 +94,31 @@ class Converted:
 def prepare(source: Path, target: Path, request: Request) -> Job:
     """Check and plan. Raises `UserError` for a source that is no whole checkpoint, or an impossible target."""
     checkpoint = open_checkpoint(source, beside_pickles=True)
+    try:
+        _check_place(source, target)
+    except OSError as error:
+        raise UserError(f"{target}: {error.strerror}; give another place") from None
+    return Job(checkpoint, target, plan(checkpoint, request), beside(checkpoint), fingerprint(checkpoint))
+
+
+def _check_place(source: Path, target: Path) -> None:
+    """Refuse at once where a rename could not put the target, or the work would meet the source."""
     if not target.parent.is_dir():
         raise UserError(f"{target.parent} is no directory: make it first, or give another place")
+    if target.is_symlink():
+        raise UserError(f"{target} is a link: give the place itself")
     if target.exists() and not target.is_dir():
         raise UserError(f"{target} is a file: give a directory that does not exist yet")
+    if target.exists() and os.path.ismount(target):
+        raise UserError(f"{target} is a mount point, which no rename can replace: give a directory in it")
     if target.resolve().is_relative_to(source.resolve()):
         raise UserError(f"{target} lies in the source {source}: give another place")
-    return Job(checkpoint, target, plan(checkpoint, request), beside(checkpoint), fingerprint(checkpoint))
+    if source.resolve().is_relative_to(work_directory(target).resolve()):
+        raise UserError(f"{source} lies where the work on {target} would be done: move it first")
+    if len(os.fsencode(work_directory(target).name)) > os.pathconf(target.parent, "PC_NAME_MAX"):
+        raise UserError(
+            f"{target}: the name is too long for what stands beside it while it is made: give a shorter one"
+        )
 
 
 def convert(
@@ -108,11 +136,11 @@ def convert(
     Raises `UserError`, one line, whatever goes wrong; finished files stay beside the target for the same command.
     """
     begun = time.monotonic()
-    if _is_there(job) and not work_directory(job.target).exists():
+    if _is_there(job, steps) and not work_directory(job.target).exists():
         return Converted(job.target, job.plan.nbytes, 0.0, len(job.plan.shards), None)
     what = {"plan": job.plan.sha256(job.fingerprint), "source": change_times(job.checkpoint)}
     with Journal(job.target, what, restart) as journal:
-        if _is_there(job):
+        if _is_there(job, steps):
             journal.discard()
             return Converted(job.target, job.plan.nbytes, 0.0, len(job.plan.shards), None)
         reused = len(journal.finished)
@@ -135,15 +163,32 @@ def convert(
     return Converted(job.target, job.plan.nbytes, time.monotonic() - begun, reused, described)
 
 
-def _is_there(job: Job) -> bool:
-    """Whether the target is this very conversion, finished. Raises `UserError` if it is anything else."""
+def _is_there(job: Job, steps: Steps) -> bool:
+    """Whether the target is this very conversion, finished, its files all there and of the right sizes.
+
+    Raises `UserError` if it is anything else, or lacks what is asked for now.
+    """
     if not job.target.is_dir() or not any(job.target.iterdir()):
         return False
     if (job.target / MANIFEST).is_file():
         manifest = read_manifest(job.target)
         if (manifest.command, manifest.source) == (job.plan.request.as_json(), job.source):
+            problems = check_quick(job.target, manifest)
+            if problems:
+                raise UserError(f"{summary(problems)}; remove {job.target} and give the command again")
+            unsigned = steps.sign is not None and not (job.target / SIGNATURE).is_file()
+            if unsigned or (steps.check is not None and "logits" not in _report(job.target)):
+                raise UserError(
+                    f"{job.target} is there already, made without this --sign or --check: "
+                    "`python -m convert manifest DIR --force --sign KEY` signs it, another directory gets both"
+                )
             return True
     raise UserError(f"{job.target} is not empty: it is never overwritten, give another directory")
+
+
+def _report(directory: Path) -> dict[str, Any]:
+    described: dict[str, Any] = json.loads((directory / REPORT).read_text(encoding="utf-8"))
+    return described
 
 
 def _check_room(job: Job, journal: Journal, steps: Steps) -> None:
@@ -189,8 +234,12 @@ def _make_files(
     total = sum(shard.source_bytes for shard in missing)
     workers = workers or min(MOST_WORKERS, len(os.sched_getaffinity(0)), 1 + total // BYTES_WORTH_A_WORKER)
     begun, read = time.monotonic(), 0
-    with Progress(f"{job.plan.request.target} {job.target.name}", total) as progress:
-        for result in run(work, missing, workers, progress.advance):
+    # Closed whatever happens here: no process may write on when what is half written is removed.
+    with (
+        Progress(f"{job.plan.request.target} {job.target.name}", total) as progress,
+        closing(run(work, missing, workers, progress.advance)) as results,
+    ):
+        for result in results:
             journal.finish(result)
             read += next(shard.source_bytes for shard in missing if shard.file == result.file)
             said(_line(result, len(journal.finished), len(job.plan.shards), read, total, time.monotonic() - begun))

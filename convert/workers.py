@@ -8,7 +8,7 @@ import multiprocessing
 import os
 import signal
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnProcess
@@ -23,7 +23,9 @@ SECONDS_BETWEEN_REPORTS = 0.2
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
-def run(work: Work, shards: Sequence[Shard], workers: int, advance: Callable[[int], None]) -> Iterator[ShardResult]:
+def run(
+    work: Work, shards: Sequence[Shard], workers: int, advance: Callable[[int], None]
+) -> Generator[ShardResult, None, None]:
     """Make ``shards`` and yield each when it is durable; ``advance`` is told of source bytes that were read.
 
     Raises `UserError`, one line, for whatever keeps a file from being made; other files are then broken off.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -17,7 +18,7 @@ from torch import Tensor
 
 import ascend
 from ascend.checkpoint import open_checkpoint
-from convert.engine import convert, prepare
+from convert.engine import Steps, convert, prepare
 from convert.plan import Request
 from convert.sharding import Sharding
 from tests import tiny
@@ -405,3 +406,34 @@ def test_memory_stays_flat(tmp_path: Path) -> None:
     out = subprocess.check_output(command, cwd=Path(__file__).parent.parent, text=True)
     idle, peak = map(int, out.split()[-2:])
     assert peak - idle < 150 << 10, "KiB: the plot's library is part of it"
+
+
+def test_what_is_there_already_must_be_whole(plain: dict[str, Path], tmp_path: Path) -> None:
+    def again(**steps: Any) -> Any:
+        return convert(prepare(plain["bf16"], tmp_path / "target", Request("fp8")), 1, steps=Steps(**steps))
+
+    assert again().report is not None
+    assert again().report is None
+    for asked in ({"check": lambda directory: {}}, {"sign": lambda directory: None}):
+        assert "is there already, made without this --sign or --check" in tiny.user_error(again, **asked)
+    (tmp_path / "target" / "model.safetensors").unlink()
+    assert "model.safetensors: missing, though manifest.json names it" in tiny.user_error(again)
+
+
+def test_places_that_no_target_can_have(plain: dict[str, Path], tmp_path: Path) -> None:
+    """Told before the work, and nothing is left there."""
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    work = tmp_path / ".x.converting" / "files"
+    shutil.copytree(plain["bf16"], work)
+    places = {
+        tmp_path / "link": "is a link",
+        tmp_path / ("a" * 300): "File name too long",
+        tmp_path / ("a" * 250): "the name is too long for what stands beside it",
+        Path("/proc"): "is a mount point",
+        tmp_path / "none" / "x": "is no directory",
+    }
+    for place, words in places.items():
+        assert words in tiny.user_error(run, plain["bf16"], place, target="fp8")
+    assert "lies where the work on" in tiny.user_error(run, work, tmp_path / "x", target="fp8")
+    assert {file.name for file in work.iterdir()} == {file.name for file in plain["bf16"].iterdir()}
+    assert sorted(file.name for file in tmp_path.iterdir()) == [".x.converting", "link"]
