@@ -11,6 +11,8 @@ source "$(dirname -- "$(readlink -f -- "${BASH_SOURCE[0]}")")/../serve/env.sh"
 use_environment serve test
 cd -- "$ROOT"
 
+on_cpu() { "$ENV_PYTHON" -m pytest --ignore tests/npu --ignore tests/triton "$@"; }
+
 on_npu() { "$ENV_PYTHON" -m ascend.emulator -- "$ENV_PYTHON" -m pytest tests/npu "$@"; }
 
 on_interpreter() { TRITON_INTERPRET=1 "$ENV_PYTHON" -m pytest tests/triton "$@"; }
@@ -21,19 +23,17 @@ all | quick)
   failed=()
   "$ENV_PYTHON" -m ruff check . || failed+=("ruff check")
   "$ENV_PYTHON" -m ruff format --check . || failed+=("ruff format")
-  "$ENV_PYTHON" -m mypy || failed+=("mypy")
   status=0
   # Three processes: torch_npu changes torch for all that run beside it, and Triton decides once whether it interprets.
-  if [[ ${1:-all} == quick ]]; then
-    beside=$(mktemp) && trap 'rm -f "$beside"' EXIT
-    { on_npu -m "not slow" && on_interpreter -m "not slow"; } >"$beside" 2>&1 &
-    "$ENV_PYTHON" -m pytest --ignore tests/npu --ignore tests/triton -m "not slow" || status=$?
-    wait $! || failed+=("tests/npu or tests/triton")
-    cat "$beside"
-  else  # one after the other: some of the slow tests measure time
-    on_npu || failed+=("tests/npu")
-    on_interpreter || failed+=("tests/triton")
-    "$ENV_PYTHON" -m pytest --ignore tests/npu --ignore tests/triton || status=$?
+  beside=$(mktemp) && trap 'rm -f "$beside"' EXIT
+  { "$ENV_PYTHON" -m mypy && on_npu -m "not slow" && on_interpreter -m "not slow"; } >"$beside" 2>&1 &
+  on_cpu -m "not slow" || status=$?
+  wait $! || failed+=("mypy, tests/npu or tests/triton")
+  cat "$beside"
+  if [[ ${1:-all} == all ]]; then # one after the other: some of the slow tests measure time
+    on_npu -m slow || failed+=("slow ones of tests/npu")
+    on_interpreter -m slow || failed+=("slow ones of tests/triton")
+    on_cpu -m slow || status=$?
   fi
   # pytest's line stays the last one of a good run; a bad one says all that is bad.
   [[ ${#failed[@]} -eq 0 ]] || { printf 'failed: %s\n' "${failed[@]}" >&2 && exit $((status ? status : 1)); }
