@@ -115,9 +115,12 @@ class Journal:
             )
         finished = {}
         for line in lines[1:-1]:  # what follows the last line break was being written when it ended
-            entry = json.loads(line)
-            errors = {name: Errors(**values) for name, values in entry.pop("errors").items()}
-            result = ShardResult(**entry, errors=errors)
+            try:
+                entry = json.loads(line)
+                errors = {name: Errors(**values) for name, values in entry.pop("errors").items()}
+                result = ShardResult(**entry, errors=errors)
+            except (ValueError, TypeError, LookupError, AttributeError):
+                raise UserError(f"{file} is damaged: give the command with --restart to begin anew") from None
             shard = self.files / result.file
             if shard.is_file() and shard.stat().st_size == result.nbytes:
                 finished[result.file] = result

@@ -118,6 +118,8 @@ def plan(checkpoint: Checkpoint, request: Request) -> Plan:
     stored = sorted(stored_weights(checkpoint.tensors).values(), key=lambda one: model_order(one.name))
     ignored = _ignored(stored, request.ignore, target)
     quantised = [one for one in stored if _is_quantised(one, target) and one.name not in ignored]
+    if request.ignore and not quantised:
+        raise UserError(f"--ignore leaves nothing that {target.name} would quantise: give fewer modules, or use bf16")
     _check_fused(stored, {one.name for one in quantised}, target)
     group = int4_group([one.shape[1] for one in quantised]) if target.stored == "w4a16" and quantised else 0
     half = plain_dtype(checkpoint)

@@ -296,6 +296,10 @@ REFUSED = {
         {"target": "fp8", "ignore": ("model.layers.1.mlp.experts.3.*",)},
         "but model.layers.1.mlp.experts is kept as one",
     ),
+    "everything": (
+        {"target": "w8a8", "ignore": ("*",)},
+        "--ignore leaves nothing that w8a8 would quantise: give fewer modules, or use bf16",
+    ),
     "modelslim of fp8": (
         {"target": "fp8", "layout": "modelslim"},
         "--format modelslim is a form of w8a8 alone, not of fp8",

@@ -24,7 +24,9 @@ from typing import Any
 import pytest
 import torch
 
+from ascend.errors import UserError
 from convert.engine import convert, prepare
+from convert.journal import Journal
 from convert.plan import Request
 from tests import tiny
 from tests.broken_checkpoints import BROKEN
@@ -339,3 +341,14 @@ def test_interrupted_while_processes_start(larger: Path, tmp_path: Path) -> None
     os.killpg(command.process.pid, signal.SIGINT)
     code, said = command.end()
     assert (code, said) == (130, "interrupted: finished files stay, the same command goes on with the next\n")
+
+
+@pytest.mark.parametrize("line", ["no JSON", "[]", "5", '{"file": "a"}', '{"errors": {}, "surprise": 1}'])
+def test_a_damaged_record_is_told(tmp_path: Path, line: str) -> None:
+    what = {"plan": "a conversion"}
+    with Journal(tmp_path / "target", what) as journal:
+        journal.stream.write(f"{line}\n")
+    with pytest.raises(UserError, match=r"journal\.jsonl is damaged: give the command with --restart"):
+        Journal(tmp_path / "target", what)
+    with Journal(tmp_path / "target", what, restart=True) as journal:
+        assert journal.finished == {}
