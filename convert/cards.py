@@ -59,7 +59,7 @@ def fits(shape: ModelShape, bytes_by_part: Mapping[str, float] | ByPart, formats
     """
     nbytes = dict(vars(bytes_by_part) if isinstance(bytes_by_part, ByPart) else bytes_by_part)
     whole = sum(nbytes.pop(name, 0.0) for name in ("mtp", "other"))  # small, and on every card
-    stored = _as_precision(shape, nbytes)
+    stored = as_precision(shape, nbytes)
     return [
         _fit(card, shape, stored, whole, formats, context) for card in TABLE.values() if card.memory.value is not None
     ]
@@ -121,7 +121,7 @@ def _division_over(shape: ModelShape, cards: int) -> Sharding | None:
     return None
 
 
-def _as_precision(shape: ModelShape, nbytes: Mapping[str, float]) -> Precision:
+def as_precision(shape: ModelShape, nbytes: Mapping[str, float]) -> Precision:
     """Describe stored bytes in the terms of `ascend.cost`: bytes per weight of each kind.
 
     What the main model's weights share includes the MTP layers' bytes of that class. Attention and the plain MLPs are

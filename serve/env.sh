@@ -47,12 +47,12 @@ is_stamped() {
   done
 }
 
-# find_python OLDEST: prints the first Python from 3.OLDEST to 3.12 that really runs and can make environments.
+# find_python OLDEST MODULE…: prints the first Python from 3.OLDEST to 3.12 that really runs and has the modules.
 find_python() {
   local candidate
   while IFS= read -r candidate; do
-    if [[ -n $candidate ]] && "$candidate" -c "import sys, venv, ensurepip
-sys.exit(not (3, $1) <= sys.version_info[:2] <= (3, 12))" 2>/dev/null; then
+    if [[ -n $candidate ]] && "$candidate" -c "import sys, importlib.util as util
+sys.exit(not (3, $1) <= sys.version_info[:2] <= (3, 12) or not all(map(util.find_spec, sys.argv[1:])))" "${@:2}" 2>/dev/null; then
       printf '%s\n' "$candidate"
       return
     fi
@@ -66,9 +66,11 @@ active_python() {
   [[ -n $active && ! $active -ef $VENV && -x $active/bin/python ]] && printf '%s\n' "$active/bin/python"
 }
 
-# use_any_python: for what needs the standard library alone, and for devices whose engine the user brings.
+# use_any_python: for what needs the standard library alone, and for devices whose engine the user brings: in an image
+# of vllm-ascend it lies in the system's own Python, which is one of several there.
 use_any_python() {
-  ENV_PYTHON=$(active_python) || ENV_PYTHON=$(find_python 10) || { [[ -x $VENV/bin/python ]] && ENV_PYTHON=$VENV/bin/python; } ||
+  ENV_PYTHON=$(active_python) || ENV_PYTHON=$(find_python 10 vllm) || { is_stamped serve && ENV_PYTHON=$VENV/bin/python; } ||
+    ENV_PYTHON=$(find_python 10) || { [[ -x $VENV/bin/python ]] && ENV_PYTHON=$VENV/bin/python; } ||
     die "no Python 3.10, 3.11 or 3.12 found${PYTHON:+ as PYTHON=$PYTHON}: install one, or set PYTHON to its path"
 }
 
@@ -126,7 +128,7 @@ make_venv() {
     : >"$UNFINISHED"
     return
   fi
-  base=$(find_python 11) ||
+  base=$(find_python 11 venv ensurepip) ||
     die "no Python 3.11 or 3.12 with venv found${PYTHON:+ as PYTHON=$PYTHON}: install one (Debian: python3-venv), or set PYTHON"
   : >"$UNFINISHED"
   say "making $VENV with $base"

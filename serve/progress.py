@@ -17,17 +17,28 @@ STAGES = (
     ("Starting vLLM server on", "opening the port"),
 )
 ANSWERING = "answering the first request"
+COMPARING = "comparing with the recorded answer"
 
 _ERROR = re.compile(r"\b(?:[A-Za-z_.]*(?:Error|Exception)|error)\b\s*:\s*\S|Value error, |Killed|out of memory")
 _PYDANTIC = "Value error, "  # how pydantic begins, and " [type=value_error, …]" how it ends, the message of a check
-_CONSEQUENCES = ("Engine core initialization failed", "WorkerProc initialization failed", "See root cause", "raise ")
+_CONSEQUENCES = (
+    "Engine core initialization failed",
+    "WorkerProc initialization failed",
+    "See root cause",
+    "See stack trace",
+    "raise ",
+)
 _PREFIX = re.compile(r"^(\(\S+ pid=\d+\) )?((INFO|WARNING|ERROR) [\d-]+ [\d:]+ \[[^\]]+\] )?")
+_HARMLESS = re.compile(r"^(\(\S+ pid=\d+\) )?(INFO|WARNING) ")  # may speak of errors that could come
 
 
 def error_line(log: Path) -> str:
     """Return the line of the engine's log that names the cause of its end, or what is known without one."""
-    lines = [_PREFIX.sub("", line).strip() for line in log.read_text(errors="replace").splitlines()]
-    errors = [line for line in lines if _ERROR.search(line)]
+    written = log.read_text(errors="replace").splitlines()
+    lines = [_PREFIX.sub("", line).strip() for line in written]
+    errors = [
+        line for line, whole in zip(lines, written, strict=True) if _ERROR.search(line) and not _HARMLESS.match(whole)
+    ]
     causes = [line for line in errors if not any(text in line for text in _CONSEQUENCES)]
     said = causes or errors or [line for line in lines if line]
     if not said:
@@ -40,13 +51,29 @@ def printable(text: str) -> str:
     return "".join(character if character.isprintable() else " " for character in text)
 
 
+class Tail:
+    """What comes to a log that is being written, whole lines only."""
+
+    def __init__(self, log: Path) -> None:
+        self._log = log
+        self._read = 0
+
+    def lines(self) -> list[str]:
+        """Return the lines that are new since the last call."""
+        with self._log.open("rb") as stream:
+            stream.seek(self._read)
+            new = stream.read()
+        complete = new[: new.rfind(b"\n") + 1]
+        self._read += len(complete)
+        return complete.decode(errors="replace").splitlines()
+
+
 class Progress:
     """Follows the log and shows the stage: one line that renews itself on a terminal, else one line per stage."""
 
     def __init__(self, log: Path, started_at: float) -> None:
         """Begin with the engine's start; ``started_at`` (seconds since the epoch) is when the user asked for it."""
-        self._log = log
-        self._read = 0
+        self._tail = Tail(log)
         self._terminal = sys.stderr.isatty()
         self._start = time.monotonic() - (time.time() - started_at)
         self._marks = [("environment and checks", self._start)]
@@ -62,12 +89,7 @@ class Progress:
 
     def update(self) -> None:
         """Read what is new in the log and show where things are."""
-        with self._log.open("rb") as stream:
-            stream.seek(self._read)
-            new = stream.read()
-        complete = new[: new.rfind(b"\n") + 1]
-        self._read += len(complete)
-        for line in complete.decode(errors="replace").splitlines():
+        for line in self._tail.lines():
             for text, stage in STAGES:
                 if text in line:
                     self.enter(stage)

@@ -7,7 +7,7 @@ import json
 import os
 import shlex
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,10 @@ ANY_ADDRESS = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # where a server that liste
 
 class EngineError(Exception):
     """The engine ended, or did not answer in time; the message is one line."""
+
+
+class FinalError(EngineError):
+    """A failure after which no engine is started again."""
 
 
 @dataclass(frozen=True)
@@ -61,10 +65,16 @@ class Server:
         return {"model": self.name, **asked, "max_tokens": ANSWER_TOKENS, "temperature": 0}
 
 
-def wait_until_it_answers(server: Server, engine: EngineProcess, progress: Progress, timeout: float) -> str:
-    """Return the text of the first answer. Raises `EngineError` if the engine ends or ``timeout`` seconds pass."""
+def wait_until_it_answers(
+    server: Server, engine: EngineProcess, progress: Progress, timeout: float, look: Callable[[], object]
+) -> str:
+    """Return the text of the first answer. Raises `EngineError` if the engine ends or ``timeout`` seconds pass.
+
+    look: is called again and again meanwhile; what it raises ends the waiting.
+    """
     deadline = time.monotonic() + timeout
     while True:
+        look()
         progress.update()
         if engine.poll() is not None:
             progress.close()
@@ -79,36 +89,62 @@ def wait_until_it_answers(server: Server, engine: EngineProcess, progress: Progr
         time.sleep(POLL_SECONDS)
 
 
-def _ask(server: Server, progress: Progress, timeout: float) -> str | None:
-    """Return the answer's text, or None if nothing answers yet."""
+def call(
+    server: Server,
+    method: str,
+    path: str,
+    body: bytes | None = None,
+    headers: Mapping[str, str] | None = None,
+    *,
+    timeout: float,
+    connected: Callable[[], object] = lambda: None,
+) -> tuple[int, bytes]:
+    """Send one request, with the key that the server's clients need, and return the status and the answer's body.
+
+    timeout: seconds for each step of it; connected: called once there is a connection. Raises `OSError` or
+    `http.client.HTTPException` if no whole answer comes.
+    """
     connection = http.client.HTTPConnection(server.reached_at, server.port, timeout=timeout)
-    headers = {"Content-Type": "application/json"}
+    sent = {"Content-Type": "application/json", **(headers or {})}
     if key := os.environ.get("VLLM_API_KEY"):
-        headers["Authorization"] = f"Bearer {key}"
+        sent["Authorization"] = f"Bearer {key}"
     try:
         connection.connect()
-        progress.enter(ANSWERING)
-        connection.request("POST", f"/v1{server.endpoint}", json.dumps(server.request()), headers)
+        connected()
+        connection.request(method, path, body, sent)
         response = connection.getresponse()
-        body = response.read()
-    except (OSError, http.client.HTTPException):
-        return None
+        return response.status, response.read()
     finally:
         connection.close()
+
+
+def _ask(server: Server, progress: Progress, timeout: float) -> str | None:
+    """Return the answer's text, or None if nothing answers yet."""
+    try:
+        status, body = call(
+            server,
+            "POST",
+            f"/v1{server.endpoint}",
+            json.dumps(server.request()).encode(),
+            timeout=timeout,
+            connected=lambda: progress.enter(ANSWERING),
+        )
+    except (OSError, http.client.HTTPException):
+        return None
     try:
         answer = json.loads(body)
-        if response.status == 200:
+        if status == 200:
             choice = answer["choices"][0]
             message = choice.get("message") or {"content": choice["text"]}
             return str(message.get("content") or message.get("reasoning") or "")
         reason = answer["error"]["message"]
     except (ValueError, LookupError, TypeError, AttributeError):
         reason = "no readable answer"
-    raise EngineError(f"it refused the first request with status {response.status}: {printable(str(reason))[:300]}")
+    raise EngineError(f"it refused the first request with status {status}: {printable(str(reason))[:300]}")
 
 
-def announce(server: Server, answer: str, stages: Sequence[tuple[str, float]]) -> None:
-    """Print the address, the name, a ready curl line, the real answer, and where the time went."""
+def announce(server: Server, answer: str, canary: str, stages: Sequence[tuple[str, float]]) -> None:
+    """Print the address, the name, a ready curl line, the real answer, what vouches for it, and where the time went."""
     body = json.dumps(server.request())
     print(f"ready after {sum(seconds for _, seconds in stages):.1f} s")
     for stage, seconds in stages:
@@ -119,6 +155,7 @@ def announce(server: Server, answer: str, stages: Sequence[tuple[str, float]]) -
         print(f"careful:  {server.host} means that every machine in the network can ask it, without a password or TLS")
     print(f"asked:    {QUESTION}")
     print(f"answered: {printable(answer)}")
+    print(f"canary:   {canary}")
     if server.demo:
         print(f"careful:  {NOTE}")
     print("try it:")

@@ -5,6 +5,7 @@
    `auto_map`. To be dropped when transformers has the class.
 2. A model class that leaves out the MTP layers, see `vllm_model.py`.
 3. On the CPU: a quantization method that widens what vLLM has no kernels for, see `vllm_widened.py`.
+4. On the CPU: experts over several data parallel ranks, see `vllm_experts.py`.
 """
 
 from __future__ import annotations
@@ -22,4 +23,5 @@ def register() -> None:
     ascend.register()
     ModelRegistry.register_model(ARCHITECTURE, f"serve.vllm_model:{ARCHITECTURE}")  # imported only where it is needed
     if current_platform.is_cpu():
+        import serve.vllm_experts  # completes vLLM's
         import serve.vllm_widened  # noqa: F401, registers its method

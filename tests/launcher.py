@@ -9,7 +9,7 @@ import socket
 import subprocess
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,9 +44,11 @@ def wait_for(condition: Callable[[], Any], seconds: float) -> bool:
 
 
 class Launched:
-    """A running `serve/launch.sh`, with its logs below ``directory``."""
+    """A running `serve/launch.sh`, or another ``program`` with its flags, with its logs below ``directory``."""
 
-    def __init__(self, directory: Path, *arguments: str, port: int | None = None) -> None:
+    def __init__(
+        self, directory: Path, *arguments: str, port: int | None = None, program: Sequence[str] = (str(LAUNCH),)
+    ) -> None:
         directory.mkdir(exist_ok=True)
         self.port = port or free_port()
         self.mark = uuid.uuid4().hex
@@ -55,7 +57,7 @@ class Launched:
         self.output_file = directory / "output.txt"
         environment = {**os.environ, MARK: self.mark, "XDG_STATE_HOME": str(directory)}
         environment.pop("ANTANGELMED_STARTED_AT", None)
-        command = [str(LAUNCH), "--port", str(self.port), "--ready-file", str(self.ready_file), *arguments]
+        command = [*program, "--port", str(self.port), "--ready-file", str(self.ready_file), *arguments]
         with self.output_file.open("w") as output:
             self.process = subprocess.Popen(command, env=environment, stdout=output, stderr=subprocess.STDOUT)
 

@@ -16,9 +16,8 @@ from pathlib import Path
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from ascend.checkpoint import Checkpoint, TensorEntry
-from ascend.devices import Memory, get_device
-from ascend.devices.cpu import CpuDevice
+from ascend.checkpoint import open_checkpoint
+from ascend.devices import get_device
 from ascend.errors import UserError
 from ascend.model_shape import context_limit
 from convert.demo import write_demo
@@ -31,6 +30,7 @@ from serve.locked import difference
 from serve.preflight import check, port_holder, reserve_port
 from serve.process import end_session, session_members
 from serve.progress import error_line
+from serve.resolve import resolve
 from tests.launcher import LAUNCH, ROOT, free_port
 from tests.test_signature import write_key
 from tests.tiny import edit_config, read_config, user_error
@@ -87,7 +87,7 @@ def taken_port() -> Iterator[int]:
     [
         ("--prot 8123", "unknown flag '--prot' (did you mean '--port'?)"),
         ("--devcie=cpu", "did you mean '--device'?"),
-        ("--tensor-parallel-size 2", "flags of the engine itself go after '--'"),
+        ("--swap-space 2", "flags of the engine itself go after '--'"),
         ("extra", "unknown flag 'extra'"),
         ("--device", "argument --device: expected one argument"),
         ("--device gpu", "unknown device 'gpu' (did you mean 'cuda'?)"),
@@ -98,8 +98,8 @@ def taken_port() -> Iterator[int]:
         ("--host 203.0.113.1", "cannot listen on 203.0.113.1"),
         ("--host no.such.host.invalid", "--host no.such.host.invalid: not an address"),
         ("--dtype int3", "invalid choice: 'int3'"),
-        ("--max-model-len 0", "'0' is not a number of tokens"),
-        ("--timeout soon", "invalid float value: 'soon'"),
+        ("--max-model-len 0", "'0' is not a whole number from 1 on"),
+        ("--timeout soon", "'soon' is not a time"),
         ("--model /nowhere/at/all", "/nowhere/at/all: no such model directory"),
         (f"--model {__file__}", "is not a directory"),
         (f"--model {ROOT / 'serve'}", "has no config.json"),
@@ -291,13 +291,16 @@ def test_context_limit(config: dict[str, object], limit: int | None) -> None:
 
 @pytest.mark.parametrize("flag", sorted(REFUSED))
 def test_engine_flags_that_are_refused_in_every_spelling(flag: str) -> None:
-    for spelling in (flag, f"{flag}=1", flag.replace("-", "_").replace("__", "--", 1), flag[:-1]):
+    spellings = [flag, f"{flag}=1"]
+    if flag.startswith("--"):
+        spellings += [flag.replace("-", "_").replace("__", "--", 1), flag[:-1]]
+    for spelling in spellings:
         with pytest.raises(UserError, match="is refused: "):
             parse(["--", "--seed", "1", spelling])
 
 
 def test_engine_flags_that_are_passed_on() -> None:
-    flags = ("--tensor-parallel-size", "2", "--enable-prefix-caching", "-O1", "--max-num-seqs=8")
+    flags = ("--seed", "2", "--enable-prefix-caching", "-O1", "--max-logprobs=8")
     assert parse(["--port", "9", "--", *flags]).engine_flags == flags
 
 
@@ -323,41 +326,34 @@ def test_what_the_user_has_set_is_kept_or_made_safe(demo: Path, monkeypatch: pyt
     monkeypatch.setenv("VLLM_LOGGING_LEVEL", "DEBUG")
     monkeypatch.setenv("VLLM_SERVER_DEV_MODE", "1")
     monkeypatch.setenv("VLLM_PLUGINS", "mine")
-    command = engine.engine_command("cpu", parse([]), demo, "tiny", None)
-    environment = command.full_environment()
+    environment = resolve(
+        parse(["--device", "cpu", "--model", str(demo)]), open_checkpoint(demo)
+    ).command.full_environment()
     assert environment["VLLM_CPU_KVCACHE_SPACE"] == "3"
     assert environment["VLLM_LOGGING_LEVEL"] == "INFO"
     assert "VLLM_SERVER_DEV_MODE" not in environment
     assert set(environment["VLLM_PLUGINS"].split(",")) == {"mine", engine.PLUGIN}
 
 
-def test_small_models_are_not_compiled(demo: Path) -> None:
-    for nbytes, eager in ((10**7, True), (10**9, False)):
-        tensors = {"w": TensorEntry(demo / "model.safetensors", "BF16", (nbytes // 2,), 0, nbytes)}
-        command = engine.engine_command("cpu", parse([]), demo, "tiny", Checkpoint(demo, {}, tensors)).command
-        assert ("--enforce-eager" in command) is eager
-
-
-def test_the_kv_cache_is_as_large_as_it_needs_and_memory_allows(demo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(CpuDevice, "memory", lambda self: Memory(2**36, 2**36, 0))  # 64 GiB
-    flash = {"num_hidden_layers": 32, "num_key_value_heads": 4, "head_dim": 128, "max_position_embeddings": 32768}
-    for config, arguments, gib in (
-        (flash, ["--max-model-len", "4096"], 4),  # 64 KiB a token, 16 sequences
-        (flash, ["--max-model-len", "4096", "--dtype", "float32"], 8),
-        (flash, [], 16),  # a quarter of the memory, not 32
-        (flash | {"num_hidden_layers": 1}, ["--max-model-len", "64"], 1),
+def test_a_configuration_file_cannot_make_the_engine_unsafe(demo: Path, tmp_path: Path) -> None:
+    file = tmp_path / "site.yaml"
+    for name, said in (
+        ("VLLM_LOGGING_LEVEL", "is not for a file to set"),
+        ("VLLM_SERVER_DEV_MODE", "is not for a file to set"),
+        ("VLLM_API_KEY", "is a secret: set it in the launcher's environment"),
     ):
-        command = engine.engine_command("cpu", parse(arguments), demo, "flash", Checkpoint(demo, config, {}))
-        assert command.environment["VLLM_CPU_KVCACHE_SPACE"] == str(gib)
+        file.write_text(f"environment: {{{name}: 1}}\n")
+        settings = parse(["--device", "cpu", "--model", str(demo), "--config", str(file)])
+        assert said in user_error(resolve, settings, open_checkpoint(demo))
 
 
 def test_the_engine_must_be_one_that_works(monkeypatch: pytest.MonkeyPatch) -> None:
-    engine.check_engine("cpu")
+    engine.check_engine("vllm", "cpu")
     monkeypatch.setattr(engine.metadata, "version", lambda name: "0.17.1")
     with pytest.raises(
         UserError, match=r"device cuda needs vllm from 0.32, below 0.34, and here it is 0.17.1: activate"
     ):
-        engine.check_engine("cuda")
+        engine.check_engine("vllm", "cuda")
 
 
 def test_help_and_mistakes_need_no_torch() -> None:

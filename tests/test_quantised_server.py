@@ -15,14 +15,14 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 import ascend
-from ascend.checkpoint import open_checkpoint
+from ascend.cost import parameters
 from ascend.errors import UserError
 from convert.demo import write_demo
 from convert.engine import convert, prepare
 from convert.plan import Request
 from ops import quantise
-from serve import engine
-from serve.args import parse
+from serve.planning.cpu import engine_bytes
+from serve.planning.model import model_in
 from serve.widening import widened
 from tests.launcher import ROOT, Launched
 from tests.quantised import quantised_checkpoint
@@ -204,17 +204,15 @@ def test_only_this_architectures_checkpoints_are_taken_over_and_only_unasked() -
 
 def test_the_launcher_counts_widened_weights_and_says_so(tmp_path: Path) -> None:
     small_checkpoint(tmp_path / "plain", dtype="bf16")
-    plain = open_checkpoint(tmp_path / "plain")
-    elements = sum(entry.nbytes // (4 if entry.dtype == "F32" else 2) for entry in plain.tensors.values())
+    plain = model_in(tmp_path / "plain")
+    elements = parameters(plain.shape).total
     for form in FORMATS:
-        checkpoint = open_checkpoint(write_format(tmp_path / "plain", tmp_path / form, form))
-        for dtype, wide in (("auto", 2), ("float32", 4)):
-            nbytes, note = engine._widened(parse(["--dtype", dtype]), checkpoint)
+        model = model_in(write_format(tmp_path / "plain", tmp_path / form, form))
+        for wide in (2, 4):
+            nbytes, note = engine_bytes(model, wide)
             assert nbytes == elements * wide
-            name = "w8a8" if form == "modelslim" else form
+            name = {"modelslim": "w8a8", "fp8-channel": "fp8"}.get(form, form)
             assert str(note).startswith(f"weights stored as {name} are widened to {wide * 8} bits")
             assert ("activations" in str(note)) == (form != "w4a16")
-        assert engine._widened(parse(["--", "--quantization=fp8"]), checkpoint) == (checkpoint.nbytes, None)
-        for kind in ("cuda", "npu"):
-            assert engine.engine_command(kind, parse([]), checkpoint.path, "x", checkpoint).note is None
-    assert engine._widened(parse([]), plain)[1] is None
+        assert engine_bytes(model, 2, "fp8")[1] is None
+    assert engine_bytes(plain, 2)[1] is None

@@ -1,0 +1,194 @@
+"""Cards that must not be used again: they had a memory fault, and what they compute may be wrong.
+
+`isolated-cards.json` in the state directory names each by its number on this machine and, where the vendor's tool says,
+by its serial number or UUID: a card that was replaced is free again, one that was moved is not. A person who knows
+better starts with `--forget-isolated`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from ascend.errors import UserError
+from serve.faults import TABLE, Fault
+
+FILE = "isolated-cards.json"
+VERSION = 1
+MAX_BYTES = 1 << 20
+REPEAT_SECONDS = 3600.0
+_REPEATS = {kind.name for kind in TABLE if kind.repeats}
+_VISIBLE = {"npu": "ASCEND_RT_VISIBLE_DEVICES", "cuda": "CUDA_VISIBLE_DEVICES"}
+_NODES = {"npu": r"davinci\d+", "cuda": r"nvidia\d+"}
+TOOL_SECONDS = 10.0
+
+
+def isolated(directory: Path | None = None) -> dict[int, str]:
+    """Return the numbers of the cards that must not be used, each with the reason. Raises `UserError` if unreadable."""
+    cards = _read(directory)["cards"]
+    if not cards:
+        return {}
+    now = {device: identities(device) for device in {card["device"] for card in cards}}
+    found = {}
+    for card in cards:
+        here = now[card["device"]]
+        if card["identity"] is None or card["index"] not in here:
+            found[card["index"]] = card["reason"]
+        for index, identity in here.items():  # where it is now, if anywhere
+            if identity == card["identity"]:
+                found[index] = card["reason"]
+    return found
+
+
+def isolate(
+    cards: Sequence[int],
+    reason: str,
+    device: str = "",
+    environment: Mapping[str, str] | None = None,
+    directory: Path | None = None,
+) -> tuple[int, ...]:
+    """Record that cards are sick, and return their numbers on this machine.
+
+    Args:
+        cards: as the engine counts them; none: nobody knows which, so all that it sees.
+        reason: one line for whoever reads it later.
+        device: "npu" or "cuda"; "": whichever has cards here.
+        environment: the engine's: it may make only some cards visible, which the engine then counts from 0.
+    """
+    kinds = [device] if device in _NODES else [kind for kind in _NODES if present(kind)]
+    if not kinds:
+        return ()
+    seen = _visible(kinds[0], {**os.environ, **(environment or {})})
+    numbers = tuple(seen[card] for card in cards if card < len(seen)) or seen
+    known = identities(kinds[0])
+    record = _read(directory)
+    kept = [card for card in record["cards"] if card["index"] not in numbers or card["device"] != kinds[0]]
+    at = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+    kept += [
+        {"device": kinds[0], "index": one, "identity": known.get(one), "reason": reason[:500], "at": at}
+        for one in numbers
+    ]
+    _write(record | {"cards": kept}, directory)
+    return numbers
+
+
+def forget(directory: Path | None = None) -> list[str]:
+    """Clear the record, and return a line for each card that was in it: for `--forget-isolated`."""
+    file = _file(directory)
+    try:
+        cards = _read(directory)["cards"]
+    except UserError:
+        cards = []
+    file.unlink(missing_ok=True)
+    return [f"{card['device']} card {card['index']} may be used again; isolated {card['at']}: {card['reason']}"
+            for card in cards]  # fmt: skip
+
+
+def judged(fault: Fault, directory: Path | None = None, now: float | None = None) -> Fault:
+    """Return the fault, to be isolated if it is one that may happen once, and the same card had it within an hour."""
+    if fault.name not in _REPEATS or not fault.cards:
+        return fault
+    now = time.time() if now is None else now
+    record = _read(directory)
+    recent = [one for one in record["faults"] if 0 <= now - one["at"] < REPEAT_SECONDS]
+    again = any(one["name"] == fault.name and set(one["cards"]) & set(fault.cards) for one in recent)
+    recent.append({"name": fault.name, "cards": list(fault.cards), "at": now})
+    _write(record | {"faults": recent[-1000:]}, directory)
+    if not again:
+        return fault
+    return replace(fault, action="isolate", meaning=f"{fault.meaning}, for the second time within an hour")
+
+
+def present(device: str) -> tuple[int, ...]:
+    """Return the numbers of a kind's cards on this machine."""
+    from ascend.devices.base import Host
+
+    return tuple(range(len(Host().nodes(_NODES[device]))))
+
+
+def identities(device: str) -> dict[int, str]:
+    """Return what tells each card from others of its kind (UUID or serial number), as far as the vendor's tool says."""
+    if device == "cuda":
+        said = _output("nvidia-smi", "--query-gpu=index,uuid", "--format=csv,noheader")
+        rows = [line.split(",") for line in said.splitlines() if line.count(",") == 1]
+        return {int(index): uuid.strip() for index, uuid in rows if index.strip().isdecimal()}
+    found = {}
+    for card in present(device):
+        serial = re.search(r"Serial Number\s*:\s*(\S+)", _output("npu-smi", "info", "-t", "board", "-i", str(card)))
+        if serial and serial[1] not in ("NA", "N/A", "-"):
+            found[card] = serial[1]
+    return found
+
+
+def _output(*command: str) -> str:
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=TOOL_SECONDS, check=False)
+    except (OSError, subprocess.SubprocessError, UnicodeDecodeError):
+        return ""
+    return done.stdout if done.returncode == 0 else ""
+
+
+def _visible(device: str, environment: Mapping[str, str]) -> tuple[int, ...]:
+    listed = environment.get(_VISIBLE[device], "")
+    if re.fullmatch(r"\d+(,\d+)*", listed):
+        return tuple(map(int, listed.split(",")))
+    return present(device)
+
+
+def _file(directory: Path | None) -> Path:
+    if directory is None:
+        from serve.launch import state_directory  # here: the launcher imports this file
+
+        directory = state_directory()
+    return directory / FILE
+
+
+def _read(directory: Path | None) -> dict[str, Any]:
+    file = _file(directory)
+    try:
+        with file.open("rb") as stream:
+            content = stream.read(MAX_BYTES + 1)
+    except FileNotFoundError:
+        return {"version": VERSION, "cards": [], "faults": []}
+    except OSError as error:
+        raise UserError(f"{file}: cannot be read ({error.strerror}): which cards are sick is not known") from None
+    try:
+        record = json.loads(content)
+        is_ours = len(content) <= MAX_BYTES and record["version"] == VERSION and set(record) == _KEYS
+        is_ours = is_ours and all({key: type(card[key]) for key in card} in _CARDS for card in record["cards"])
+        if not (is_ours and all(set(one) == {"name", "cards", "at"} for one in record["faults"])):
+            raise ValueError
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        raise UserError(
+            f"{file}: is damaged, so which cards are sick is not known: look at them, then give --forget-isolated"
+        ) from None
+    return record
+
+
+_KEYS = {"version", "cards", "faults"}
+_CARDS = [{"device": str, "index": int, "identity": kind, "reason": str, "at": str} for kind in (str, type(None))]
+
+
+def _write(record: Mapping[str, Any], directory: Path | None) -> None:
+    file = _file(directory)
+    partial = file.with_name(f".{file.name}.{os.getpid()}")
+    try:
+        descriptor = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o640)
+        with open(descriptor, "w", encoding="utf-8") as stream:
+            stream.write(json.dumps(record, indent=1) + "\n")
+            stream.flush()
+            os.fsync(stream.fileno())
+        partial.rename(file)
+    except OSError as error:
+        raise UserError(f"{file}: cannot be written ({error.strerror}): a sick card would be used again") from None
+    finally:
+        with suppress(OSError):
+            partial.unlink(missing_ok=True)

@@ -1,0 +1,149 @@
+"""The cards of a plan: named (``8x910B3-64G``), or those found on this machine, told from files and the vendors' tools.
+
+Light: torch is not imported, no card is opened.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from dataclasses import dataclass
+
+from ascend.devices.base import TOOL_SECONDS, Host
+from ascend.devices.cpu import CpuDevice
+from ascend.devices.facts import TABLE, DeviceFacts, GiB, lookup
+from ascend.errors import UserError, suggest
+
+PER_SERVER = 8  # cards in a server of 910B or of H20, H100, H200 (HGX)
+# What a process gets of the memory that is installed. 910B: the runtime hands out about 61 of 64 GiB (see
+# `ascend.devices.facts`). NVIDIA: torch reports 79.1 of an H100's 79.6 GiB and 139.8 of an H200's 140.4.
+NPU_SHARE = 61 / 64
+CUDA_KEPT = 0.6 * GiB
+SHORT = {"H20": "H20-96G", "H20-3E": "H20-3e-141G", "H100": "H100-80G", "H200": "H200-141G", "H20-141G": "H20-3e-141G"}
+VISIBLE = {"npu": "ASCEND_RT_VISIBLE_DEVICES", "cuda": "CUDA_VISIBLE_DEVICES"}
+
+
+@dataclass(frozen=True)
+class Cards:
+    """Cards of one kind in one server or several.
+
+    device: "npu", "cuda" or "cpu". count: in each of ``nodes`` servers. indices: of those that may be used, None where
+    they were only named. memory: bytes of one, as installed (of a CPU: what this process may use).
+    """
+
+    device: str
+    facts: DeviceFacts
+    count: int
+    memory: float
+    nodes: int = 1
+    indices: tuple[int, ...] | None = None
+
+    @property
+    def total(self) -> int:
+        """Cards in all servers together."""
+        return self.count * self.nodes
+
+    @property
+    def usable(self) -> float:
+        """Bytes of one that a process can get."""
+        if self.device == "cpu":
+            return self.memory
+        return self.memory * NPU_SHARE if self.device == "npu" else self.memory - CUDA_KEPT
+
+    def __str__(self) -> str:
+        if self.device == "cpu":
+            return "cpu"
+        has_size = re.search(r"-\d+G$", self.facts.name)
+        return f"{self.total}x{self.facts.name}" + ("" if has_size else f"-{self.memory / GiB:.0f}G")
+
+
+def parse_cards(text: str, nodes: int = 1) -> Cards:
+    """Read "8x910B3-64G", "4xH20" or "cpu"; the number counts all servers' cards. Raises `UserError`."""
+    if match := re.fullmatch(r"cpu(?:-(\d+)g)?", text.strip(), re.IGNORECASE):
+        return _cpu(int(match[1]) * GiB if match[1] else None)
+    match = re.fullmatch(r"(?:(\d{1,4})\s*x\s*)?(\S.*)", text.strip(), re.IGNORECASE)
+    if not match or int(match[1] or 1) < 1:
+        raise UserError(f"--cards '{text}': write a number and a card, such as 8x910B3-64G")
+    total = int(match[1] or 1)
+    if total % nodes:
+        raise UserError(f"--cards {text}: {total} cards do not divide into {nodes} servers; count those of all")
+    facts = _named(match[2])
+    memory = facts.memory.value or 0.0
+    if total // nodes > PER_SERVER:
+        servers = -(-total // PER_SERVER)
+        raise UserError(f"--cards {text}: one server holds {PER_SERVER} cards; say --nodes {servers} for {servers}")
+    return Cards(_device(facts), facts, total // nodes, memory, nodes)
+
+
+def found_cards(nodes: int = 1, host: Host | None = None) -> Cards:
+    """Return this machine's NPUs, else its CUDA cards, else its CPU; other servers are taken to have the same.
+
+    Raises `UserError` where there are cards, but nothing tells which.
+    """
+    host = host or Host()
+    for device, pattern, tool in (
+        ("npu", r"davinci\d+", ("npu-smi", "info")),
+        ("cuda", r"nvidia\d+", ("nvidia-smi", "--query-gpu=name", "--format=csv,noheader")),
+    ):
+        present = len(host.nodes(pattern))
+        if not present:
+            continue
+        names = _names(device, _output(tool))
+        if len(names) != 1:
+            what = f"of several kinds ({', '.join(sorted(names))})" if names else f"that {tool[0]} does not name"
+            raise UserError(f"{present} {device} cards are here, {what}: say which, such as --cards 8x910B3-64G")
+        facts = lookup(names.pop())
+        if facts.memory.value is None:
+            raise UserError(f"the cards here, {facts.name}, are not in the table; there is {', '.join(TABLE)}")
+        visible = host.environ.get(VISIBLE[device])
+        indices = tuple(range(present))
+        if visible is not None and re.fullmatch(r"\d+(,\d+)*", visible):
+            indices = tuple(int(one) for one in visible.split(",") if int(one) < present)
+        if not indices:
+            raise UserError(
+                f"{VISIBLE[device]}={visible} hides every card; unset it, or list some of 0 to {present - 1}"
+            )
+        return Cards(device, facts, len(indices), facts.memory.value, nodes, indices)
+    return _cpu(None)
+
+
+def _cpu(memory: float | None) -> Cards:
+    facts = TABLE["CPU"]
+    return Cards("cpu", facts, 1, memory if memory is not None else CpuDevice().memory().total)
+
+
+def _named(text: str) -> DeviceFacts:
+    """The card of a name as the table, the drivers or people write it; a size after it must be the card's."""
+    name = SHORT.get(text.upper().removeprefix("NVIDIA ").strip(), text)
+    facts = lookup(name)
+    size = re.fullmatch(r"(.+?)-(\d+)GB?", name, re.IGNORECASE)
+    if facts.name not in TABLE and size:
+        facts = lookup(size[1])
+        memory = facts.memory.value
+        if facts.name in TABLE and memory and round(memory / GiB) != int(size[2]):
+            raise UserError(f"--cards: a {facts.name} has {memory / GiB:.0f} GiB, not {size[2]}; nothing else is known")
+    if facts.name not in TABLE or facts.name == "CPU":
+        known = [row for row in TABLE if row != "CPU"]
+        hint = " (910B1, 910B2, 910B3 or 910B4? npu-smi info tells)" if re.search("910B?$", name.upper()) else ""
+        raise UserError(
+            f"--cards: unknown card '{text}'{hint or suggest(name.upper(), known)}; there is {', '.join(known)}"
+        )
+    return facts
+
+
+def _device(facts: DeviceFacts) -> str:
+    return "npu" if facts.name.startswith("910") else "cuda"
+
+
+def _output(command: tuple[str, ...]) -> str:
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=TOOL_SECONDS, check=True).stdout
+    except (OSError, subprocess.SubprocessError):
+        return ""
+
+
+def _names(device: str, text: str) -> set[str]:
+    """The kinds of card that a vendor's tool lists."""
+    if device == "npu":
+        return set(re.findall(r"\|\s*\d+\s+(?:Ascend)?(910[A-Z0-9-]+)", text))
+    return {line.strip() for line in text.splitlines() if line.strip()}

@@ -1,0 +1,161 @@
+"""The model of a plan: its sizes, and the bytes that an engine will hold of it, from real files where there are any.
+
+Light: no torch, no transformers. The engine leaves out the MTP layers (`serve/vllm_model.py`), so they are not counted.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter, defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from ascend.checkpoint import INDEX, SINGLE, open_checkpoint, read_config
+from ascend.cost import FP32_BYTES, weight_bytes
+from ascend.errors import UserError, suggest
+from ascend.model_shape import ModelShape, context_limit
+from ascend.precision import FP32, PRECISIONS
+from ascend.stored import PLAIN, stored_weights
+from convert.classes import layer_of, tensor_class
+from convert.demo_config import SIZES, demo_config
+
+YARN_FACTOR = 4.0  # how far the family's own pages extend the context: 32K to 128K
+KNOWN = (*SIZES, "antangelmed")
+PRECISION_OF = {PLAIN: "bf16", "fp8": "fp8", "fp8-channel": "fp8", "w8a8": "w8a8", "w4a16": "w4a16"}
+
+
+@dataclass(frozen=True)
+class PlannedModel:
+    """A model to be served.
+
+    config: as its `config.json` says. precision: what it is stored in, a name of `PRECISIONS`. stored: by class of
+    tensor (`convert.classes`) and beside it whether quantised, (weights, bytes as stored); empty without files.
+    """
+
+    name: str
+    config: Mapping[str, Any] = field(hash=False)
+    shape: ModelShape
+    precision: str = "bf16"
+    stored: Mapping[str, Stored] = field(default_factory=dict, hash=False)
+
+    @property
+    def context(self) -> int:
+        """Tokens that the positions of `config.json` reach."""
+        return context_limit(self.config) or 32768
+
+    @property
+    def is_yarn(self) -> bool:
+        """Whether `config.json` already stretches the positions."""
+        return rope_settings(self.config).get("rope_type") == "yarn"
+
+    @property
+    def longest(self) -> int:
+        """Tokens that positions can be stretched to: as configured, or by YaRN with the family's own factor."""
+        return self.context if self.is_yarn else int(self.context * YARN_FACTOR)
+
+    def nbytes(self, precision: str, wide: int = 2) -> dict[str, float]:
+        """Bytes by class that an engine holds, with ``wide`` bytes per value of what is not quantised.
+
+        From the files if they are in that precision, else by formula. The router's weights are in fp32 where the
+        config says so (`router_dtype`; vllm/model_executor/models/bailing_moe.py), its bias always.
+        """
+        router_wide = FP32_BYTES if self.config.get("router_dtype", "fp32") == "fp32" else wide
+        if self.stored and precision == self.precision:
+            found: dict[str, float] = {
+                name: one.quantised + one.plain * wide + one.bias * FP32_BYTES for name, one in self.stored.items()
+            }
+            if router := self.stored.get("router"):
+                found["router"] = router.plain * router_wide + router.bias * FP32_BYTES
+            return found
+        chosen = PRECISIONS[precision]
+        return vars(weight_bytes(self.shape, replace(chosen, router=FP32 if router_wide == FP32_BYTES else None)))
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A class of tensors in the files: bytes of quantised ones and their scales, values of plain ones, of biases."""
+
+    quantised: int = 0
+    plain: int = 0
+    bias: int = 0
+
+
+def open_model(text: str) -> PlannedModel:
+    """Return the model that ``text`` names: a directory, a ``config.json`` alone, or one of `KNOWN`.
+
+    Raises `UserError` for anything else, and for a broken directory.
+    """
+    path = Path(text)
+    if path.is_file() and path.name == "config.json":
+        return model_of(read_config(path.parent), path.resolve().parent.name)
+    if path.is_dir():
+        return model_in(path)
+    name = text.casefold()
+    if name not in KNOWN:
+        raise UserError(
+            f"--model {text}: no such directory or config.json, and none of {', '.join(KNOWN)}{suggest(name, KNOWN)}"
+        )
+    if name == "antangelmed":
+        return model_of(demo_config("ling-flash", 0, "bf16", YARN_FACTOR, {})[0], name)
+    return model_of(demo_config(name, 0, "bf16", None, {})[0], name)
+
+
+def model_of(config: Mapping[str, Any], name: str) -> PlannedModel:
+    """Return the model of a `config.json` without weights: in BF16 unless it names a quantisation."""
+    quantisation = config.get("quantization_config")
+    precision = _described(quantisation) if isinstance(quantisation, dict) else "bf16"
+    return PlannedModel(name, config, ModelShape.from_config(config), precision)
+
+
+def model_in(path: Path) -> PlannedModel:
+    """Return the model in a directory, read from headers alone; a directory without weights is its `config.json`."""
+    config, name = read_config(path), path.resolve().name
+    if not ((path / INDEX).is_file() or (path / SINGLE).is_file()):
+        return model_of(config, name)
+    shape = ModelShape.from_config(config)
+    counts: dict[str, Counter[str]] = defaultdict(Counter)
+    formats: dict[str, set[str]] = defaultdict(set)
+    for one in stored_weights(open_checkpoint(path, beside_pickles=True).tensors).values():
+        if (layer_of(one.name) or 0) >= shape.num_hidden_layers:
+            continue
+        kind = tensor_class(one.name)
+        if one.format != PLAIN:
+            counts[kind]["quantised"] += one.nbytes
+        else:
+            counts[kind]["bias" if one.name.endswith(".expert_bias") else "plain"] += math.prod(one.shape)
+        if len(one.shape) == 2:
+            formats[kind].add(one.format)
+    stored = {kind: Stored(one["quantised"], one["plain"], one["bias"]) for kind, one in counts.items()}
+    return PlannedModel(name, config, shape, _precision(formats), stored)
+
+
+def rope_settings(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the rotary settings in one dictionary, as vLLM wants them: type and theta always among them."""
+    rope: dict[str, Any] = {}
+    for key in ("rope_parameters", "rope_scaling"):
+        if isinstance(config.get(key), dict):
+            rope |= config[key]
+    kind = rope.pop("type", None)
+    theta = rope.pop("rope_theta", None) or config.get("rope_theta") or 600000.0
+    settings = {"rope_type": rope.pop("rope_type", None) or kind or "default", "rope_theta": theta}
+    head_dim, rotary_dim = config.get("head_dim"), config.get("rotary_dim")
+    factor = config.get("partial_rotary_factor")
+    if factor is None and isinstance(head_dim, int) and isinstance(rotary_dim, int) and head_dim:
+        factor = rotary_dim / head_dim
+    return settings | ({} if factor is None else {"partial_rotary_factor": factor}) | rope
+
+
+def _precision(formats: Mapping[str, set[str]]) -> str:
+    """The precision that describes stored formats: the experts decide, attention tells INT4 in all from in experts."""
+    experts = next(iter(sorted(formats["routed_experts"] - {PLAIN})), PLAIN)
+    precision = PRECISION_OF[experts]
+    return "w4a16-all" if precision == "w4a16" and "w4a16" in formats["attention"] else precision
+
+
+def _described(quantisation: Mapping[str, Any]) -> str:
+    if quantisation.get("quant_method") == "fp8":
+        return "fp8"
+    text = str(quantisation.get("config_groups"))
+    return "w4a16" if "'num_bits': 4" in text else "w8a8" if "'num_bits': 8" in text else "bf16"
