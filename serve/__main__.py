@@ -7,6 +7,8 @@ import sys
 from ascend.commands import run_package
 
 COMMANDS = {
+    "doctor": "look for every reason a launch would fail on this machine",
+    "plan": "settings for a model and cards, with their reasons",
     "launch": "start vLLM on a model, wait until it answers, and stay until it is told to stop",
 }
 

@@ -53,6 +53,7 @@ REFUSED = {
     "--headless": _NODES,
     "--trust-remote-code": "code that lies in a model directory is never run; this architecture needs none",
     "--trust-request-chat-template": "a request's own template is a program that would run in the server",
+    "--trust-request-mm-kwargs": "what a client says would decide how the server reads files",
     "--enable-prompt-embeds": "a request could then carry a pickled tensor (CVE-2025-62164)",
     "--enable-log-requests": _PHI,
     "--enable-log-outputs": _PHI,

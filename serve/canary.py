@@ -47,10 +47,18 @@ class Limits:
     largest: float = math.inf
 
 
+# Order of addition alone: vLLM's CPU engine and `ascend` differ by 1e-5 there (tests/test_quantised_server.py).
 FP32 = Limits(1e-3, 1e-3, 1e-3)
-TWIN_FACTORS = (2.0, 2.0)
-QUANTISED_FACTORS = (3.0, 3.0)
-FLOOR = Limits(0.02, 0.05)
+# By how much a server in 16 bits may differ more than the record's twins (half of all, a tenth). Seen: up to 1.07 and
+# 1.36, see MANTISSA_STEPS in `convert.canary`; the most is of w4a16. With activations in INT8, as `ascend` has them,
+# 2.1 and 2.7. No card has been measured. What they find, of the `tiny` demo in bf16 with three seeds: a doubled norm, a
+# final norm off by a tenth, a flipped highest bit of an exponent, swapped layers, another rope_theta: always. One of 16
+# experts of one layer set to zero: 12 times of 18. So in bf16 it hears some of the small faults; in fp32, all of these.
+TWIN_FACTORS = (1.7, 2.0)
+QUANTISED_FACTORS = (3.0, 4.0)
+FLOOR = Limits(0.02, 0.05)  # for a model that rounding hardly moves
+# Recorded by the same engine on the same kind of device, where a start differs from another by nothing (seen: 0) or by
+# the number of cards. Half of what bf16 costs `tiny` at one position in ten, for want of the model's own figures.
 SAME_ENGINE = Limits(0.1, 0.5)
 
 
@@ -63,7 +71,7 @@ def check_canary(server: Server, engine: EngineProcess, settings: LaunchSettings
         return "off, as asked: nothing was compared"
     try:
         return _check(server, engine, settings)
-    except UserError as error:  # of a record that cannot be read
+    except (UserError, OSError) as error:  # of a record, or a model directory, that cannot be read
         raise EngineError(str(error)) from None
 
 
@@ -106,8 +114,8 @@ def _compared(found: list[list[float]], record: Canary, limits: Limits, what: st
         said = f"all within {deltas[-1]:.2g} (limit {limits.largest:.2g})"
     if noise.median > limits.median or noise.tenth > limits.tenth or deltas[-1] > limits.largest:
         raise CanaryError(
-            f"the server computes something else than was recorded ({what}): of {len(deltas)} log-probabilities "
-            f"{said}; wrong weights, a wrong setting or a sick card: `python -m convert verify DIR`, then `serve doctor`"
+            f"the server computes something else than was recorded ({what}): of {len(deltas)} log-probabilities {said}"
+            "; wrong weights, a wrong setting or a sick card: `python -m convert verify DIR`, then `serve doctor`"
         )
     return f"{len(deltas)} log-probabilities as recorded ({what}): {said}"
 

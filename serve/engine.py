@@ -13,8 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from ascend.errors import UserError
+from serve import log_format, sglang
 from serve.config_file import as_flags
 from serve.settings import LaunchSettings
+from serve.vllm_middleware import FLAG as MIDDLEWARE
 
 
 @dataclass(frozen=True)
@@ -36,14 +38,18 @@ KINDS = {
         (("vllm", "0.32", "0.34"),),
         "activate an environment of its own and run `pip install -e '.[cuda]'` in this directory",
     ),
+    ("sglang", "cuda"): EngineKind(
+        (("sglang", sglang.OLDEST, sglang.BELOW),),
+        "activate an environment of its own with sglang in it, and run `pip install --no-deps -e .` here",
+    ),
     ("vllm", "npu"): EngineKind(
         (("vllm", "0.23", "0.24"), ("vllm-ascend", "0.23", "0.24")),
-        "start the vllm-ascend image, or activate an environment of its own and run `pip install -e '.[npu]'` here",
+        "start the official image vllm-ascend v0.23.0 and run `pip install --no-deps --no-build-isolation -e .` here",
     ),
 }
 
 # A path that was asked for can hold a patient's name; the documentation page would load scripts from the internet.
-FLAGS = ("--disable-uvicorn-access-log", "--disable-fastapi-docs")
+FLAGS = ("--disable-uvicorn-access-log", "--disable-fastapi-docs", *MIDDLEWARE)
 
 # Set whatever the user's environment says: nothing leaves the machine, and nothing of a request is written down.
 FORCED = {
@@ -52,6 +58,7 @@ FORCED = {
     "VLLM_NO_USAGE_STATS": "1",
     "DO_NOT_TRACK": "1",
     "VLLM_LOGGING_LEVEL": "INFO",  # DEBUG prints prompts
+    log_format.VARIABLE: str(log_format.CONFIG_FILE),
 }
 # Taken out of the engine's environment: what it does by default is the safe thing.
 REMOVED = (
@@ -59,7 +66,6 @@ REMOVED = (
     "VLLM_ALLOW_RUNTIME_LORA_UPDATING",
     "VLLM_CONFIGURE_LOGGING",
     "VLLM_DEBUG_LOG_API_SERVER_RESPONSE",
-    "VLLM_LOGGING_CONFIG_PATH",
     "VLLM_MODEL_REDIRECT_PATH",
     "VLLM_SERVER_DEV_MODE",
     "VLLM_USE_MODELSCOPE",
@@ -99,23 +105,39 @@ def _lines(command: list[str]) -> list[str]:
 
 
 def engine_command(
-    settings: LaunchSettings, model: Path, name: str, planned: Mapping[str, Any], environment: Mapping[str, str]
+    settings: LaunchSettings,
+    model: Path,
+    name: str,
+    planned: Mapping[str, Any],
+    environment: Mapping[str, str],
+    headless: bool = False,
 ) -> EngineCommand:
-    """Return what starts vLLM on ``model``.
+    """Return what starts the engine on ``model``.
 
     Args:
         settings: what the user asked for; its engine flags come last, its environment wins over the plan's.
         model: the checkpoint's directory; name: what clients call it.
         planned: flags without their dashes, with values as `serve.config_file.as_flags` takes them.
         environment: set unless the user's own environment has it.
+        headless: this is not the first of several servers, so there is no API.
     """
+    _check_environment(settings)
+    wanted = {key: value for key, value in environment.items() if key not in os.environ}
+    if settings.engine == "sglang":
+        if os.environ.get("VLLM_API_KEY"):
+            raise UserError(
+                "VLLM_API_KEY is set, but SGLang takes a key only where every user can read it, on its command line: "
+                "unset it and ask for keys in a gateway in front, or use --engine vllm"
+            )
+        wanted = {key: value for key, value in wanted.items() if not key.startswith("VLLM_")}
+        words = sglang.sglang_command(model, name, settings.host, settings.port, planned, settings.engine_flags)
+        return EngineCommand(words, {**wanted, **settings.environment, **sglang.ENVIRONMENT})
     # `vllm serve` does not start with the CPU build up to 0.32: it asks for the version of a distribution "vllm".
-    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model)]
+    program = "serve.headless" if headless else "vllm.entrypoints.openai.api_server"
+    command = [sys.executable, "-m", program, "--model", str(model)]
     command += ["--host", settings.host, "--port", str(settings.port), "--served-model-name", name]
     command += [*as_flags(planned), *FLAGS, "--shutdown-timeout", str(round(settings.drain))]
     command += settings.engine_flags
-    _check_environment(settings)
-    wanted = {key: value for key, value in environment.items() if key not in os.environ}
     whole = {**wanted, **settings.environment, **FORCED}
     plugins = whole.get("VLLM_PLUGINS", os.environ.get("VLLM_PLUGINS"))
     if plugins is not None:
@@ -146,9 +168,10 @@ def check_engine(engine: str, device: str) -> None:
         raise UserError(
             f"device {device} needs {package} from {oldest}, below {below}, and here it {found}: {kind.remedy}"
         )
-    if not any(entry.name == PLUGIN for entry in metadata.entry_points(group="vllm.general_plugins")):
+    group = "vllm.general_plugins" if engine == "vllm" else sglang.PLUGIN_GROUP
+    if not any(entry.name == PLUGIN for entry in metadata.entry_points(group=group)):
         raise UserError(
-            "vLLM would not find this project's plugin: run `pip install --no-deps --no-build-isolation -e .` "
+            f"{engine} would not find this project's plugin: run `pip install --no-deps --no-build-isolation -e .` "
             "in its directory, in the environment you start it from"
         )
 

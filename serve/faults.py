@@ -47,6 +47,7 @@ _NPU = "torch_npu NPUException.h, NPUQueue.cpp, ProcessGroupHCCL.cpp"
 _ACL = "CANN rt_error_codes.h"
 _XID = "NVIDIA Xid catalogue"
 _CUDA = "cudaGetErrorString"
+_NUMBERED = r"\bXid(?: \(PCI:[\da-fA-F:.]+\))?: ?"
 
 # The worst first: of one line the first row that fits counts. Not one of them has been seen on a card here.
 TABLE = (
@@ -59,9 +60,9 @@ TABLE = (
     Kind("CUDA-ECC", "memory has lost bits that cannot be corrected", "isolate",
          r"uncorrectable ECC error encountered|double.bit ECC error", _CUDA + " 214"),
     Kind("Xid-memory", "the driver reports a memory fault", "isolate",
-         r"\bXid\b[^:]*:?[^:]*(?:: |=| )(?:48|64|94|95|140)\b", _XID),
+         rf"{_NUMBERED}(?:48|64|94|95|140)\b", _XID),
     Kind("card-lost", "the card is no longer there", "isolate",
-         r"GPU has fallen off the bus|\bGPU is lost\b|\bXid\b[^:]*:?[^:]*(?:: |=| )79\b", _XID),
+         rf"GPU has fallen off the bus|\bGPU is lost\b|{_NUMBERED}79\b", _XID),
     Kind("fabric", "NVSwitch is not set up: nvidia-fabricmanager must run, in the driver's version", "stop",
          r"system not yet initialized|cudaErrorSystemNotReady|CUDA_ERROR_SYSTEM_NOT_READY", _CUDA + " 802"),
     Kind("driver", "the driver is too old for this CUDA", "stop",
@@ -97,10 +98,10 @@ TABLE = (
     Kind("NPU-memory", "the card has too little memory for this configuration", "restart",
          r"NPU out of memory", "torch_npu NPUCachingAllocator.cpp"),
     Kind("NVLink", "the link between cards failed", "restart",
-         r"uncorrectable NVLink error|\bXid\b[^:]*:?[^:]*(?:: |=| )74\b", _CUDA + " 220; " + _XID),
+         rf"uncorrectable NVLink error|{_NUMBERED}74\b", _CUDA + " 220; " + _XID),
     Kind("illegal-access", "a kernel read or wrote where it may not", "restart",
          r"an illegal memory access was encountered|CUDA error: misaligned address|"
-         r"\bXid\b[^:]*:?[^:]*(?:: |=| )(?:13|31)\b", _CUDA + " 700, 716; " + _XID),
+         rf"{_NUMBERED}(?:13|31)\b", _CUDA + " 700, 716; " + _XID),
     Kind("illegal-instruction", "a kernel is damaged, or the card", "restart",
          r"CUDA error: an illegal instruction was encountered", _CUDA + " 715", repeats=True),
     Kind("device-assert", "a kernel's own check failed", "restart",
@@ -109,7 +110,7 @@ TABLE = (
     Kind("launch-timeout", "a kernel did not end", "restart",
          r"the launch timed out and was terminated", _CUDA + " 702", repeats=True),
     Kind("NCCL", "an exchange between cards failed", "restart",
-         r"NCCL error[^:]*: *(?:unhandled (?:system|cuda) error|remote process exited)", "ncclGetErrorString"),
+         r"NCCL error.{0,120}?(?:unhandled (?:system|cuda) error|remote process exited)", "ncclGetErrorString"),
     Kind("CUDA-memory", "the card has too little memory for this configuration", "restart",
          r"CUDA out of memory|CUDA error: out of memory", "CUDACachingAllocator.cpp"),
     Kind("force-stop", "work on the card was stopped on purpose", "ignore",
@@ -135,10 +136,10 @@ _OTHERS = ("EngineCore", "Worker", "VllmWorker", "DPCoordinator", "Coordinator")
 _RAW = re.compile(
     r"^(?:\[rank\d+\]:|\[[WEF]\d{3} |\[ERROR\] |\[Error\]: |E[A-Z]\d{4}\b|terminate called|\s+what\(\): |NVRM: Xid"
     r"|(?:torch\.)?(?:[\w.]+\.)?(?:RuntimeError|AcceleratorError|OutOfMemoryError|DistBackendError): "
-    r"|ImportError: lib|OSError: lib|.{0,80}CUDA error: )"
+    r"|ImportError: lib|OSError: lib|CUDA error: )"
 )
 _CARD = re.compile(r"\b(?:device[ _]?id\s?[=:]?|Device:|npu:|cuda:|NPU |GPU )\s?(\d{1,2})\b", re.IGNORECASE)
-_RANK = re.compile(r"\bTP[_=]?(\d{1,2})\b")
+_RANK = re.compile(r"(?:^|[_ ])TP[_=]?(\d{1,2})\b")
 
 
 def faults_in(lines: Iterable[str]) -> list[Fault]:

@@ -14,15 +14,13 @@ from collections.abc import Sequence
 def main(arguments: Sequence[str]) -> None:
     """Parse the flags as `vllm serve` does, and run until told to stop."""
     os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")  # as vLLM's own command sets it
-    from vllm.entrypoints.cli.serve import ServeSubcommand
+    from vllm.entrypoints.cli import serve
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
-    parser = FlexibleArgumentParser()
-    command = ServeSubcommand()
-    command.subparser_init(parser.add_subparsers(dest="subparser"))
-    parsed = parser.parse_args([command.name, *arguments])
-    command.validate(parsed)
-    command.cmd(parsed)
+    # Not as a subcommand "serve", which on 0.23 pays no heed to --model.
+    parsed = serve.make_arg_parser(FlexibleArgumentParser()).parse_args(list(arguments))
+    serve.validate_parsed_serve_args(parsed)
+    serve.ServeSubcommand.cmd(parsed)
 
 
 if __name__ == "__main__":

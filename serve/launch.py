@@ -1,7 +1,8 @@
-"""The launcher: check, start the engine, wait until it truly answers, say so, stay, and clean up.
+"""The launcher: check, decide, start the engine, wait until it truly answers, say so, and keep it so.
 
-check what was asked ─► build the demo ─► start vLLM ─► a real answer ─► announce ─► wait ─► end every process
-  (UserError, code 2)    (if no model)         └── it dies, hangs or is stopped: end every process ──┘
+what was asked ─► the model's files ─► device, cards, plan, rules ─► this machine ─► the engine's life
+   args.py          preflight.py          resolve.py                  doctor/          supervise.py
+        └──────────────── UserError: one line, exit code 2 ───────────────┘
 """
 
 from __future__ import annotations
@@ -15,11 +16,17 @@ from pathlib import Path
 from ascend.errors import UserError
 from convert.demo_config import MARKER
 from serve.args import parse
-from serve.demo import demo_directory
-from serve.engine import check_engine
+from serve.demo import build_demo, demo_directory
+from serve.doctor import findings
+from serve.engine import KINDS, check_engine
+from serve.isolation import forget
+from serve.node_link import NodeLink
+from serve.node_meeting import fingerprint, meet
 from serve.preflight import check, has_chat_template, reserve_port
+from serve.printed import config_text
 from serve.ready import Server
-from serve.resolve import resolve
+from serve.resolve import Resolved, resolve
+from serve.settings import LaunchSettings
 from serve.supervise import supervise
 
 STARTED_AT = "ANTANGELMED_STARTED_AT"  # set by launch.sh, seconds since the epoch: making the environment counts too
@@ -29,13 +36,20 @@ def main(arguments: Sequence[str]) -> int:
     """Run ``python -m serve launch``. Returns the exit code; the epilog in `serve.args` lists them."""
     started_at = float(os.environ.pop(STARTED_AT, time.time()))
     settings = parse(arguments)
+    if settings.forget_isolated:
+        for line in forget():
+            print(line, file=sys.stderr)
     checkpoint = check(settings)
     resolved = resolve(settings, checkpoint)
     for note in resolved.notes:
         print(f"note: {note}", file=sys.stderr)
+    if settings.print_config:
+        print(config_text(settings, resolved), end="")
+        return 0
     if settings.dry_run:
         print(resolved.command)
         return 0
+    check_machine(settings, resolved.device)
     check_engine(settings.engine, resolved.device)
     model = settings.model or demo_directory()
     with reserve_port(settings.port):
@@ -44,7 +58,31 @@ def main(arguments: Sequence[str]) -> int:
         demo = checkpoint is None or MARKER in checkpoint.config
         server = Server(settings.host, settings.port, resolved.name, model, resolved.device, log, demo, chat)
         print(resolved.why, file=sys.stderr)
-        return supervise(server, resolved.command, settings, started_at)
+        return supervise(server, resolved.command, settings, started_at, lambda: _meet(settings, resolved, model))
+
+
+def check_machine(settings: LaunchSettings, device: str) -> None:
+    """Refuse what the doctor knows that would fail, and print what it warns of. Raises `UserError`."""
+    for finding in findings(
+        device, settings.model, nodes=settings.nodes, network_interface=settings.network_interface, quick=True
+    ):
+        # Where every byte is checked against a signature, or nobody wants it checked, rights decide nothing.
+        if finding.check == "rights" and (settings.key or settings.verify == "off"):
+            continue
+        if finding.level == "error":
+            raise UserError(f"{finding} (`python -m serve doctor` looks at everything)")
+        if finding.level == "warning":
+            print(f"warning: {finding}", file=sys.stderr)
+
+
+def _meet(settings: LaunchSettings, resolved: Resolved, model: Path) -> NodeLink:
+    """Wait for the launchers of the other nodes, where there are any."""
+    if settings.nodes == 1:
+        return NodeLink()
+    if settings.model is None:
+        build_demo(model)
+    packages = [name for name, _, _ in KINDS[settings.engine, resolved.device].packages]
+    return meet(settings, fingerprint(model, [*packages, "torch"], resolved.plan.settings), settings.timeout)
 
 
 def state_directory() -> Path:

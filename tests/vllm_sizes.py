@@ -1,7 +1,8 @@
 """Run by `test_plan_vllm.py` in a process of its own: what the real vLLM holds of a checkpoint, and how it counts KV.
 
-`python -m tests.vllm_sizes OUT.json DIR DTYPE[:TP]…`: OUT gets, per engine, the blocks of its KV cache, their tokens,
-and the bytes of weights; and under "pages" what vLLM's own code counts for the real model's shape.
+`python -m tests.vllm_sizes ASKED.json OUT.json`: OUT gets under "engines", for each ``[DIR, DTYPE, TP]`` asked for, the
+blocks of its KV cache, their tokens, and the bytes of weights; under "pages" what vLLM's own code counts for the real
+model's shape; under "ropes", for each ``[DIR, OVERRIDES, LENGTH]``, the rotary settings and the length it makes of it.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ LOADED: list[int] = []
 def main() -> None:
     from serve import vllm_model
 
-    out, directory, *engines = sys.argv[1:]
+    asked = json.loads(Path(sys.argv[1]).read_text())
     load_weights = vllm_model.BailingMoeV2ForCausalLM.load_weights
 
     def counted(self: object, weights: object) -> set:
@@ -37,17 +38,21 @@ def main() -> None:
         return names
 
     vllm_model.BailingMoeV2ForCausalLM.load_weights = counted  # in this process: with one worker alone
-    result = {"pages": pages(), "engines": [sizes(directory, *engine.split(":")) for engine in engines]}
-    Path(out).write_text(json.dumps(result))
+    result = {
+        "pages": pages(),
+        "ropes": [rope(*one) for one in asked["ropes"]],
+        "engines": [sizes(*one) for one in asked["engines"]],
+    }
+    Path(sys.argv[2]).write_text(json.dumps(result))
 
 
-def sizes(directory: str, dtype: str, tensor: str = "1") -> dict:
+def sizes(directory: str, dtype: str, tensor: int) -> dict:
     from vllm import LLM
 
     llm = LLM(
         directory,
         dtype=dtype,
-        tensor_parallel_size=int(tensor),
+        tensor_parallel_size=tensor,
         enforce_eager=True,
         max_model_len=256,
         max_num_seqs=4,
@@ -57,10 +62,10 @@ def sizes(directory: str, dtype: str, tensor: str = "1") -> dict:
     cache = llm.llm_engine.vllm_config.cache_config
     found = {
         "dtype": dtype,
-        "tensor": int(tensor),
+        "tensor": tensor,
         "blocks": cache.num_gpu_blocks,
         "block": cache.block_size,
-        "loaded": LOADED[-1] if int(tensor) == 1 else None,
+        "loaded": LOADED[-1] if tensor == 1 else None,
         "kept": llm.apply_model(nbytes),
     }
     del llm
@@ -71,6 +76,17 @@ def sizes(directory: str, dtype: str, tensor: str = "1") -> dict:
 def nbytes(model: object) -> int:
     """Of all parameters: as loaded, or once the CPU engine has packed its linear layers, of all others."""
     return sum(one.numel() * one.element_size() for one in model.parameters())  # type: ignore[attr-defined]
+
+
+def rope(directory: str, overrides: dict, length: int) -> list:
+    from vllm.engine.arg_utils import EngineArgs
+
+    from serve.vllm_plugin import register
+
+    register()
+    arguments = EngineArgs(directory, hf_overrides=overrides, max_model_len=length, skip_tokenizer_init=True)
+    config = arguments.create_model_config()
+    return [config.hf_config.rope_parameters, config.max_model_len]
 
 
 def pages() -> list[dict]:

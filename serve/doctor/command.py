@@ -14,7 +14,7 @@ from typing import NoReturn
 from ascend.devices import Host
 from ascend.errors import EXIT_USER_ERROR, UserError, suggest
 from serve.doctor.checks import examine
-from serve.doctor.finding import Finding
+from serve.doctor.finding import LEVELS, Finding
 from serve.doctor.machine import Asked, Machine
 
 DEVICES = ("auto", "npu", "cuda", "cpu")
@@ -49,7 +49,7 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
         prog="python -m serve doctor",
         allow_abbrev=False,
         description="Look for every reason why a launch would fail on this machine. One line per finding: how it is "
-        "(ok, note, unknown, warning, error), why it matters, what to do.",
+        f"({', '.join(LEVELS)}), why it matters, what to do.",
         epilog="Exit codes: 0 nothing found prevents a launch, 2 something does.",
     )
     add = parser.add_argument

@@ -91,7 +91,7 @@ def check_rights(m: Machine) -> Iterator[Finding]:
     worst = next((path for path in [model, *sorted(model.iterdir())] if _others_may_write(path)), None)
     if worst:
         why = "any user of this machine could put other weights in their place"
-        yield warning(f"{worst} can be written by everyone", why, f"chmod -R o-w {model}")
+        yield error(f"{worst} can be written by everyone", why, f"chmod -R o-w {model}")
     foreign = next((path for path in [model, *sorted(model.iterdir())] if _owner(path) not in (0, os.geteuid())), None)
     if foreign:
         why = "its owner can change it at any time"

@@ -48,7 +48,6 @@ _NAMED = re.compile(r"(\d+)\s+([0-9A-Za-z][\w.-]*)")
 _CHIP = re.compile(r"(\d+)(?:\s+(\d+))?")
 _USED_OF = re.compile(r"(\d+)\s*/\s*(\d+)")
 _VERSION = re.compile(r"\|\s*npu-smi\s+(\S+)\s+Version:\s*(\S+)\s*\|")
-_NO_PROCESS = re.compile(r"No running processes found in NPU (\d+)")
 _ACCELERATOR_A2 = re.compile(r"(Ascend)?910B\d\S*")
 
 
@@ -78,12 +77,11 @@ class Process:
 
 @dataclass(frozen=True)
 class Table:
-    """What `npu-smi info` showed: cards and processes; ``told`` are the NPUs whose processes it speaks of."""
+    """What `npu-smi info` showed. No process of a card may also mean that the list was not there."""
 
     version: str | None = None
     cards: list[Card] = field(default_factory=list)
     processes: list[Process] = field(default_factory=list)
-    told: set[int] = field(default_factory=set)
 
 
 def parse_info(text: str) -> Table:
@@ -117,11 +115,8 @@ def _temperature(cell: str) -> int | None:
 
 
 def _read_process(table: Table, cells: list[str]) -> None:
-    if none := _NO_PROCESS.fullmatch(cells[0]):
-        table.told.add(int(none[1]))
-    elif len(cells) >= 4 and (card := _CHIP.fullmatch(cells[0])) and cells[1].isdecimal() and cells[3].isdecimal():
+    if len(cells) >= 4 and (card := _CHIP.fullmatch(cells[0])) and cells[1].isdecimal() and cells[3].isdecimal():
         table.processes.append(Process(int(card[1]), int(card[2] or 0), int(cells[1]), cells[2], int(cells[3])))
-        table.told.add(int(card[1]))
 
 
 def parse_fields(text: str) -> dict[str, str]:

@@ -69,7 +69,7 @@ def _type(default: ast.AST | None) -> str:
         default = default.operand
     if isinstance(default, ast.Constant) and default.value is not None:
         return type(default.value).__name__
-    return {ast.List: "list", ast.Dict: "dict"}.get(type(default), "any")  # type: ignore[arg-type]
+    return {ast.List: "list", ast.Dict: "dict"}.get(type(default), "any")
 
 
 def _sections(config: ast.Module) -> Iterator[tuple[str, ast.ClassDef]]:

@@ -56,6 +56,8 @@ def _described(action: argparse.Action) -> dict[str, Any]:
     if action.nargs == 0:
         return {"kind": "flag"}
     kind, optional, fields = _kind(action.type)
+    if kind == "backend" and not action.choices:
+        kind = "str"  # --device-ids: numbers or names
     described: dict[str, Any] = {"kind": kind}
     if optional:
         described["optional"] = True
@@ -92,7 +94,7 @@ def _vllm() -> dict[str, Any]:
     try:
         from vllm.entrypoints.launchers.cli_args import make_arg_parser
     except ImportError:  # before 0.28
-        from vllm.entrypoints.openai.cli_args import make_arg_parser
+        from vllm.entrypoints.openai.cli_args import make_arg_parser  # type: ignore[no-redef]
     import vllm.envs
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 

@@ -43,7 +43,7 @@ def cpu_plan(model: PlannedModel, cards: Cards, wanted: Wanted) -> Plan:
     if weight_bytes * here + GiB > cards.memory:
         raise UserError(
             f"{model.name} takes {weight_bytes * here / GiB:.1f} GiB of memory and {space} GiB of KV cache, the "
-            f"machine has {cards.memory / GiB:.1f} GiB; serve it on cards (--cards 8x910B3-64G), or a smaller model here"
+            f"machine has {cards.memory / GiB:.1f} GiB; serve it on cards (--cards 8x910B3-64G), or a smaller model"
         )
     chosen = [*_asked(model, wanted, tensor, data)]
     if weight_bytes < EAGER_BELOW_BYTES:

@@ -20,7 +20,10 @@ from ascend.precision import FP32, PRECISIONS
 from ascend.stored import PLAIN, stored_weights
 from convert.classes import layer_of, tensor_class
 from convert.demo_config import SIZES, demo_config
+from convert.inspect import checked_shape
 
+DEFAULT_CONTEXT = 32768  # of `BailingMoeV2Config`
+LONGEST = 10**8  # tokens: what says more is broken
 YARN_FACTOR = 4.0  # how far the family's own pages extend the context: 32K to 128K
 KNOWN = (*SIZES, "antangelmed")
 PRECISION_OF = {PLAIN: "bf16", "fp8": "fp8", "fp8-channel": "fp8", "w8a8": "w8a8", "w4a16": "w4a16"}
@@ -42,8 +45,16 @@ class PlannedModel:
 
     @property
     def context(self) -> int:
-        """Tokens that the positions of `config.json` reach."""
-        return context_limit(self.config) or 32768
+        """Tokens that the positions of `config.json` reach. Raises `UserError` for a number that cannot be."""
+        try:
+            reached = context_limit(self.config)
+        except (OverflowError, ValueError):  # a factor that is no number, or infinite
+            reached = -1
+        if reached is None:
+            return DEFAULT_CONTEXT
+        if isinstance(reached, bool) or not 1 <= reached <= LONGEST:
+            raise UserError(f"{self.name}: config.json lets positions reach {reached}; no model of this kind does")
+        return reached
 
     @property
     def is_yarn(self) -> bool:
@@ -63,11 +74,10 @@ class PlannedModel:
         """
         router_wide = FP32_BYTES if self.config.get("router_dtype", "fp32") == "fp32" else wide
         if self.stored and precision == self.precision:
-            found: dict[str, float] = {
-                name: one.quantised + one.plain * wide + one.bias * FP32_BYTES for name, one in self.stored.items()
-            }
-            if router := self.stored.get("router"):
-                found["router"] = router.plain * router_wide + router.bias * FP32_BYTES
+            found: dict[str, float] = {}
+            for name, one in self.stored.items():
+                plain = one.plain * (router_wide if name == "router" else wide)
+                found[name] = one.quantised + plain + one.bias * FP32_BYTES
             return found
         chosen = PRECISIONS[precision]
         return vars(weight_bytes(self.shape, replace(chosen, router=FP32 if router_wide == FP32_BYTES else None)))
@@ -106,7 +116,7 @@ def model_of(config: Mapping[str, Any], name: str) -> PlannedModel:
     """Return the model of a `config.json` without weights: in BF16 unless it names a quantisation."""
     quantisation = config.get("quantization_config")
     precision = _described(quantisation) if isinstance(quantisation, dict) else "bf16"
-    return PlannedModel(name, config, ModelShape.from_config(config), precision)
+    return PlannedModel(name, config, checked_shape(config), precision)
 
 
 def model_in(path: Path) -> PlannedModel:
@@ -114,7 +124,7 @@ def model_in(path: Path) -> PlannedModel:
     config, name = read_config(path), path.resolve().name
     if not ((path / INDEX).is_file() or (path / SINGLE).is_file()):
         return model_of(config, name)
-    shape = ModelShape.from_config(config)
+    shape = checked_shape(config)
     counts: dict[str, Counter[str]] = defaultdict(Counter)
     formats: dict[str, set[str]] = defaultdict(set)
     for one in stored_weights(open_checkpoint(path, beside_pickles=True).tensors).values():

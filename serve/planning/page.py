@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from ascend.devices.facts import GiB
@@ -13,9 +13,21 @@ from serve.planning.limits import CONTEXT, Rate
 from serve.planning.result import Choice, Plan
 
 WIDTH = 118
-# Flags of the launcher that the engine knows by another name; what is not among its flags goes to the engine as it is.
+# Settings that are the launcher's own flags, some by another name; all else goes to the engine as it is.
 LAUNCHER_NAMES = {"enable-expert-parallel": "expert-parallel"}
-ENGINE_ONLY = ("hf-overrides", "compilation-config", "additional-config", "speculative-config", "enforce-eager")
+LAUNCHERS = (
+    "tensor-parallel-size",
+    "data-parallel-size",
+    "pipeline-parallel-size",
+    "enable-expert-parallel",
+    "dtype",
+    "max-model-len",
+    "max-num-seqs",
+    "max-num-batched-tokens",
+    "gpu-memory-utilization",
+    "block-size",
+    "kv-cache-dtype",
+)
 NOT_RUN = "Computed by `python -m serve plan`, and not yet run on such a machine."
 
 
@@ -53,8 +65,11 @@ def _lines(plan: Plan) -> Iterator[str]:
         yield from textwrap.wrap(f"NOTE  {warning}", WIDTH, subsequent_indent="      ")
 
 
-def config_file(plan: Plan) -> str:
-    """Return the plan as YAML for ``serve/launch.sh --config``, the reason of each value above it."""
+def config_file(plan: Plan, own: Mapping[str, Any] | None = None) -> str:
+    """Return the plan as YAML for ``serve/launch.sh --config``, the reason of each value above it.
+
+    own: what the launcher was asked for besides, by its flags without dashes; what the plan has it says itself.
+    """
     lines = [f"# {plan.model} in {plan.precision} on {plan.cards}, {plan.division}. {NOT_RUN}"]
     reasons = {(one.name, _value(one.value)): one for one in plan.choices}
     lines += [f"device: {plan.device}"]
@@ -64,6 +79,8 @@ def config_file(plan: Plan) -> str:
         lines += [f"engine: {plan.engine}"]
     if plan.nodes > 1:
         lines += [f"nodes: {plan.nodes}"]
+    said = {"device", "cards", "engine", "nodes", *(LAUNCHER_NAMES.get(name, name) for name in plan.settings)}
+    lines += [f"{name}: {_yaml(value)}" for name, value in (own or {}).items() if name not in said]
 
     def put(name: str, value: Any, indent: str, shown: str | None = None) -> None:
         reason = reasons.get((name, _value(value)))
@@ -71,11 +88,11 @@ def config_file(plan: Plan) -> str:
         lines.append(f"{indent}{shown or name}: {_yaml(value)}")
 
     for name, value in plan.settings.items():
-        if name == "speculative-config":  # a flag of the launcher's, too
+        if name == "speculative-config" and "speculative" not in (own or {}):  # a flag of the launcher's, too
             lines.append(f"speculative: {value['method']}")
-        elif name not in ENGINE_ONLY:
+        if name in LAUNCHERS:
             put(name, value, "", LAUNCHER_NAMES.get(name))
-    engine_only = {name: value for name, value in plan.settings.items() if name in ENGINE_ONLY}
+    engine_only = {name: value for name, value in plan.settings.items() if name not in LAUNCHERS}
     if engine_only:
         lines.append("engine-flags:")
         for name, value in engine_only.items():

@@ -20,17 +20,21 @@ KEY = "rope_parameters"
 def hf_overrides(model: PlannedModel, max_model_len: int, device: str) -> dict[str, Any] | None:
     """Return the value of ``--hf-overrides``, None where none is needed.
 
-    On an NPU whenever YaRN is in use; elsewhere only to switch it on for a context that `config.json` does not reach.
+    The rotary settings on an NPU whenever YaRN is in use; elsewhere only to switch it on for a context that
+    `config.json` does not reach. And ``max_position_embeddings`` where that is not as long as the context: vLLM 0.23
+    takes the original length times the factor, 0.32 takes this number (config/model.py, _get_and_verify_max_len).
     """
+    overrides: dict[str, Any] = {}
     settings = rope_settings(model.config)
-    if not model.is_yarn:
-        if max_model_len <= model.context:
-            return None
+    is_switched_on = not model.is_yarn and max_model_len > model.context
+    if is_switched_on:
         settings |= {"rope_type": "yarn", "factor": YARN_FACTOR, "original_max_position_embeddings": model.context}
-    elif device != "npu":
-        return None
-    original = settings.get("original_max_position_embeddings") or model.config.get("max_position_embeddings")
-    settings |= {"original_max_position_embeddings": original}
-    settings.setdefault("factor", YARN_FACTOR)
-    settings.setdefault("truncate", True)
-    return {KEY: settings}
+    if is_switched_on or (model.is_yarn and device == "npu"):
+        original = settings.get("original_max_position_embeddings") or model.config.get("max_position_embeddings")
+        settings |= {"original_max_position_embeddings": original, "factor": settings.get("factor") or YARN_FACTOR}
+        settings.setdefault("truncate", True)
+        overrides[KEY] = settings
+    longest = model.config.get("max_position_embeddings")
+    if max_model_len > (longest if isinstance(longest, int) else model.context):
+        overrides["max_position_embeddings"] = model.longest
+    return overrides or None

@@ -178,7 +178,9 @@ def _rope(draft: Draft) -> str | None:
 
 def _rope_cuda(draft: Draft) -> str | None:
     needed = not draft.model.is_yarn and draft.load.max_model_len > draft.model.context
-    return f"{draft.load.max_model_len} tokens" if needed and "hf-overrides" not in draft.settings else None
+    given = draft.settings.get("hf-overrides", {})
+    is_told = KEY in given and "max_position_embeddings" in given
+    return f"{draft.load.max_model_len} tokens" if needed and not is_told else None
 
 
 def _blocking(draft: Draft) -> str | None:
