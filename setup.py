@@ -24,7 +24,7 @@ setup(
         "convert": ["*.jinja", "*.txt", "*.json", "*.md"],
         "ops": ["csrc/*"],
         "perf": ["*.md", "*.sh", "*/*.jinja"],
-        "serve": ["*.sh", "*.md", "*/*.json", "*/data/*.json", "deploy/**", "profiles/*.yaml"],
+        "serve": ["*.sh", "*.md", "*.json", "*/*.json", "*/data/*.json", "deploy/**", "profiles/*.yaml"],
     },
     install_requires=[
         "torch>=2.10",

@@ -14,6 +14,7 @@ COMMANDS = {
     "inspect": "DIR: what a checkpoint holds, what it weighs, which cards it fits on",
     "verify": "DIR: every byte against the manifest, every tensor against the config",
     "manifest": "DIR: write the manifest of a directory as it is, signed or not",
+    "canary": "DIR: record log-probabilities that each start of a server is held to",
     "demo": "DIR: a demo checkpoint: the full architecture in miniature, with random weights",
 }
 MODULES = {target: "command" for target in ("fp8", "w8a8", "w4a16", "bf16")} | {"manifest": "manifest_command"}

@@ -21,7 +21,7 @@ CARRIED = (
 )  # fmt: skip
 REWRITTEN = (
     "config.json", "*.safetensors", "*.safetensors.index.json", "quant_model_description.json", "manifest.json",
-    "manifest.sig", "conversion.json", "conversion.svg",
+    "manifest.sig", "conversion.json", "conversion.svg", "canary.json",
 )  # fmt: skip
 CODE_KEYS = ("auto_map", "custom_pipelines")  # they name classes in files of the directory
 DTYPE_NAMES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}

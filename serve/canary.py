@@ -21,6 +21,7 @@ from typing import Any
 
 from ascend.checkpoint import read_config
 from ascend.errors import UserError
+from ascend.model_shape import context_limit
 from convert.canary_record import CANARY, Canary, canary_prompts, canary_text, differences, noise_of, read_canary
 from convert.manifest import MANIFEST
 from serve.process import EngineProcess
@@ -85,6 +86,10 @@ def _check(server: Server, engine: EngineProcess, settings: LaunchSettings) -> s
         raise CanaryError("the server's log-probabilities are no numbers: wrong weights, or a sick card")
     if max(flat) - min(flat) < UNIFORM:
         raise CanaryError("the server finds all tokens equally probable: its weights are empty, or a card is sick")
+    limit = context_limit(read_config(server.model))
+    if settings.max_model_len is not None and limit is not None and settings.max_model_len > limit:
+        said = "not compared: YaRN is switched on beyond config.json, and changes every position"
+        return f"{len(flat)} log-probabilities are numbers; {said}"
     precision = _precision(server)
     beside = server.model / CANARY
     if beside.exists():

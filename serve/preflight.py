@@ -14,10 +14,10 @@ from pathlib import Path
 
 from ascend.checkpoint import Checkpoint, open_checkpoint
 from ascend.errors import UserError, run_command
-from ascend.model_shape import context_limit
 from convert.demo_config import MARKER
 from convert.manifest import MANIFEST, NOTHING_VOUCHES, check_full, check_quick, read_manifest, summary
 from serve.args import LaunchSettings, parse
+from serve.planning.model import model_of
 
 LISTENING = "0A"  # the kernel's TCP_LISTEN in /proc/net/tcp, include/net/tcp_states.h
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tekken.json")
@@ -138,9 +138,9 @@ def check_model(path: Path, max_model_len: int | None) -> Checkpoint:
     checkpoint = open_checkpoint(path)
     if not any((path / name).exists() for name in TOKENIZER_FILES):
         raise UserError(f"{path}: has no tokenizer (none of {', '.join(TOKENIZER_FILES)}); copy the whole directory")
-    limit = context_limit(checkpoint.config)
-    if max_model_len is not None and limit is not None and max_model_len > limit:
-        raise UserError(f"--max-model-len {max_model_len} is more than the model's {limit} tokens; lower it")
+    longest = model_of(checkpoint.config, path.name).longest
+    if max_model_len is not None and max_model_len > longest:
+        raise UserError(f"--max-model-len {max_model_len} is more than the model's {longest} tokens; lower it")
     return checkpoint
 
 

@@ -5,6 +5,7 @@ settings ─► device ─► its cards ─► plan ─► this node's part ─�
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from importlib import metadata
@@ -53,13 +54,21 @@ def resolve(settings: LaunchSettings, checkpoint: Checkpoint | None) -> Resolved
     name = settings.served_model_name or (model.name if checkpoint else DEMO_NAME)
     directory = settings.model or demo_directory()
     flags = {"dtype": settings.dtype, **plan.settings, **node.flags}
+    if settings.engine == "sglang" and plan.memory and settings.gpu_memory_utilization is None:
+        # SGLang's share is of weights and cache alone; vLLM's has the activations in it.
+        flags["gpu-memory-utilization"] = (
+            math.floor(100 * (plan.memory.weights + plan.memory.kv) / plan.memory.total) / 100
+        )
+    notes = [*plan.warnings, note]
+    if settings.max_model_len is not None and settings.max_model_len > model.context:
+        notes.append(f"config.json reaches {model.context} tokens: YaRN is switched on for {settings.max_model_len}")
     planned = {flag: value for flag, value in flags.items() if flag not in given}
     # On one server the engine's processes talk to one another on this machine only.
     environment = {"VLLM_HOST_IP": "127.0.0.1", **plan.environment, **node.environment}
     command = engine_command(settings, directory, name, planned, environment, node.headless)
     together = {**planned, **given}
     check_combination(together, device, cards.total, model.shape, cards.nodes, command.full_environment())
-    return Resolved(device, why, cards, plan, node, command, name, (*plan.warnings, *([note] if note else [])))
+    return Resolved(device, why, cards, plan, node, command, name, tuple(one for one in notes if one))
 
 
 def engine_version(settings: LaunchSettings, device: str) -> str | None:

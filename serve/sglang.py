@@ -47,7 +47,7 @@ REFUSED = {
     "--port": "it is the launcher's own flag: give it before '--'",
     "--api-key": "every user of this machine can read it in the process list",
 }
-# These keep the libraries below it offline. Whether SGLang itself reports usage was not found out: run it without egress.
+# They keep the libraries below it offline. Whether SGLang itself reports usage was not found out: give it no egress.
 ENVIRONMENT = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "DO_NOT_TRACK": "1"}
 # CVE-2026-3059, 3060 and 3989 (pickles over ZMQ and in a script): pull requests 20904 and 21435 of sgl-project/sglang,
 # March 2026. 0.5.23 was read: the multimodal broker binds to 127.0.0.1, pickles are loaded by a list of exact names.

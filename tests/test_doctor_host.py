@@ -221,12 +221,12 @@ MODELS = {
     "a file for everyone": (
         lambda path: (path / "model.safetensors").chmod(0o666),
         "check_rights",
-        "error   {path}/model.safetensors can be written by everyone",
+        "error {path}/model.safetensors can be written by everyone",
     ),
     "a directory for everyone": (
         lambda path: path.chmod(0o777),
         "check_rights",
-        "error   {path} can be written by everyone",
+        "error {path} can be written by everyone",
     ),
 }
 
