@@ -49,7 +49,7 @@ setup(
         "test": ["hypothesis", "mypy", "openai", "pytest", "pytest-timeout", "ruff", "types-PyYAML"],
     },
     entry_points={
-        "vllm.general_plugins": ["bailing_moe_v2 = serve.vllm_plugin:register"],
-        "sglang.srt.plugins": ["bailing_moe_v2 = serve.sglang:register"],
+        "vllm.general_plugins": ["bailing_moe_v2 = serve.plugin.register:register"],
+        "sglang.srt.plugins": ["bailing_moe_v2 = serve.plugin.sglang:register"],
     },
 )

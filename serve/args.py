@@ -59,6 +59,7 @@ REFUSED = {
     "--enable-log-outputs": _PHI,
     "--log-error-stack": _PHI,
     "--log-config-file": _PHI,
+    "--disable-log-stats": "without its counters an engine that is busy could be taken for one that hangs",
     "--config": "flags from a file would get past these checks: use --config before '--'",
     "--api-key": "every user of this machine can read it in the process list: set VLLM_API_KEY instead",
     "--grpc": _PROBE,

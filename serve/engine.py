@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from ascend.errors import UserError
-from serve import log_format, sglang
 from serve.config_file import as_flags
+from serve.plugin import log_format, sglang
+from serve.plugin.middleware import FLAG as MIDDLEWARE
 from serve.settings import LaunchSettings
-from serve.vllm_middleware import FLAG as MIDDLEWARE
 
 
 @dataclass(frozen=True)
@@ -133,7 +133,7 @@ def engine_command(
         words = sglang.sglang_command(model, name, settings.host, settings.port, planned, settings.engine_flags)
         return EngineCommand(words, {**wanted, **settings.environment, **sglang.ENVIRONMENT})
     # `vllm serve` does not start with the CPU build up to 0.32: it asks for the version of a distribution "vllm".
-    program = "serve.headless" if headless else "vllm.entrypoints.openai.api_server"
+    program = "serve.nodes.headless" if headless else "vllm.entrypoints.openai.api_server"
     command = [sys.executable, "-m", program, "--model", str(model)]
     command += ["--host", settings.host, "--port", str(settings.port), "--served-model-name", name]
     command += [*as_flags(planned), *FLAGS, "--shutdown-timeout", str(round(settings.drain))]

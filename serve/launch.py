@@ -13,21 +13,22 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from ascend.checkpoint import Checkpoint
 from ascend.errors import UserError
 from convert.demo_config import MARKER
 from serve.args import parse
 from serve.demo import build_demo, demo_directory
 from serve.doctor import findings
 from serve.engine import KINDS, check_engine
-from serve.isolation import forget
-from serve.node_link import NodeLink
-from serve.node_meeting import fingerprint, meet
+from serve.nodes.link import NodeLink
+from serve.nodes.meeting import fingerprint, meet
 from serve.preflight import check, has_chat_template, reserve_port
 from serve.printed import config_text
-from serve.ready import Server
 from serve.resolve import Resolved, resolve
 from serve.settings import LaunchSettings
-from serve.supervise import supervise
+from serve.watch.isolation import forget
+from serve.watch.ready import Server
+from serve.watch.supervise import supervise
 
 STARTED_AT = "ANTANGELMED_STARTED_AT"  # set by launch.sh, seconds since the epoch: making the environment counts too
 
@@ -40,25 +41,34 @@ def main(arguments: Sequence[str]) -> int:
         for line in forget():
             print(line, file=sys.stderr)
     checkpoint = check(settings)
-    resolved = resolve(settings, checkpoint)
-    for note in resolved.notes:
-        print(f"note: {note}", file=sys.stderr)
-    if settings.print_config:
-        print(config_text(settings, resolved), end="")
+    if settings.print_config or settings.dry_run:
+        resolved = resolved_with_notes(settings, checkpoint)
+        print(config_text(settings, resolved).rstrip() if settings.print_config else resolved.command)
         return 0
-    if settings.dry_run:
-        print(resolved.command)
-        return 0
+    with reserve_port(settings.port):
+        return launch(settings, checkpoint, started_at)
+
+
+def launch(settings: LaunchSettings, checkpoint: Checkpoint | None, started_at: float) -> int:
+    """Start what is asked for, on a port that is ours, and stay. Returns the exit code."""
+    resolved = resolved_with_notes(settings, checkpoint)
     check_machine(settings, resolved.device)
     check_engine(settings.engine, resolved.device)
     model = settings.model or demo_directory()
-    with reserve_port(settings.port):
-        log = state_directory() / f"engine-{settings.port}.log"
-        chat = settings.model is None or has_chat_template(model) or "--chat-template" in settings.engine_flags
-        demo = checkpoint is None or MARKER in checkpoint.config
-        server = Server(settings.host, settings.port, resolved.name, model, resolved.device, log, demo, chat)
-        print(resolved.why, file=sys.stderr)
-        return supervise(server, resolved.command, settings, started_at, lambda: _meet(settings, resolved, model))
+    log = state_directory() / f"engine-{settings.port}.log"
+    chat = settings.model is None or has_chat_template(model) or "--chat-template" in settings.engine_flags
+    demo = checkpoint is None or MARKER in checkpoint.config
+    server = Server(settings.host, settings.port, resolved.name, model, resolved.device, log, demo, chat)
+    print(resolved.why, file=sys.stderr)
+    return supervise(server, resolved.command, settings, started_at, lambda: _meet(settings, resolved, model))
+
+
+def resolved_with_notes(settings: LaunchSettings, checkpoint: Checkpoint | None) -> Resolved:
+    """Decide, and print what the user should know of it."""
+    resolved = resolve(settings, checkpoint)
+    for note in resolved.notes:
+        print(f"note: {note}", file=sys.stderr)
+    return resolved
 
 
 def check_machine(settings: LaunchSettings, device: str) -> None:

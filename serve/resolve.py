@@ -18,11 +18,11 @@ from convert.demo_config import demo_config
 from serve.demo import DEMO_NAME, demo_directory
 from serve.engine import KINDS, EngineCommand, engine_command
 from serve.engine_flags import check_combination, read_flags
-from serve.isolation import isolated
-from serve.nodes import NodeSettings, check_nodes, node_address, node_settings
+from serve.nodes.node import NodeSettings, check_nodes, node_address, node_settings
 from serve.planning import Cards, Plan, Wanted, found_cards, make_plan, parse_cards
 from serve.planning.model import model_in, model_of
 from serve.settings import LaunchSettings
+from serve.watch.isolation import isolated
 
 
 @dataclass(frozen=True)

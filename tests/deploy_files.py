@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 import yaml
 
-from serve import process, supervise
 from serve.args import parse
+from serve.watch import process, supervise
 
 ROOT = Path(__file__).resolve().parents[1]
 DEPLOY = ROOT / "serve" / "deploy"

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from serve.process import session_members
+from serve.watch.process import session_members
 
 ROOT = Path(__file__).resolve().parents[1]
 LAUNCH = ROOT / "serve" / "launch.sh"

@@ -145,7 +145,11 @@ def _main(step: Sequence[str]) -> None:
 
 def _is_running(namespace: Namespace) -> bool:
     """Whether the kernel has noticed the other end: it takes up to a second."""
-    words = [sys.executable, "-c", "import sys, serve.interfaces as i; sys.exit(not i.interfaces()[sys.argv[1]].is_up)"]
+    words = [
+        sys.executable,
+        "-c",
+        "import sys, serve.nodes.interfaces as i; sys.exit(not i.interfaces()[sys.argv[1]].is_up)",
+    ]
     return subprocess.run(namespace.command([*words, namespace.interface]), cwd=ROOT).returncode == 0
 
 

@@ -1,4 +1,4 @@
-"""One node of several: what the launcher does with `serve/nodes.py` and its neighbours, on the CPU.
+"""One node of several: what the launcher does with `serve/nodes/node.py` and its neighbours, on the CPU.
 
 `python -m tests.node_run FLAG…`, the flags of `serve/launch.sh`. Prints "started" once all nodes are there, "ready"
 once node 0 answers, and in the end a line that says why.
@@ -18,9 +18,9 @@ from pathlib import Path
 from ascend.errors import UserError, run_command
 from serve.args import parse
 from serve.config_file import as_flags
-from serve.node_link import NodeLink
-from serve.node_meeting import fingerprint, meet
-from serve.nodes import check_nodes, node_settings
+from serve.nodes.link import NodeLink
+from serve.nodes.meeting import fingerprint, meet
+from serve.nodes.node import check_nodes, node_settings
 from serve.settings import LaunchSettings
 
 ENVIRONMENT = {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "VLLM_CPU_KVCACHE_SPACE": "1"}
@@ -33,7 +33,7 @@ def main() -> int:
     model = settings.model or Path()
     print(check_nodes(settings, "cpu"), flush=True)
     node = node_settings(settings, "cpu", 1)
-    program = "serve.headless" if node.headless else "vllm.entrypoints.openai.api_server"
+    program = "serve.nodes.headless" if node.headless else "vllm.entrypoints.openai.api_server"
     flags = {"model": str(model), "host": settings.host, "port": settings.port, "dtype": settings.dtype}
     flags |= {"served-model-name": "tiny", "enforce-eager": True, **node.flags}
     flags |= {"enable-expert-parallel": True} if settings.expert_parallel else {}

@@ -32,7 +32,7 @@ SYSTEM = {
     "/sys/class/net/eth1/operstate": "down\n",
     "/sys/class/net/lo/operstate": "unknown\n",
 }
-ENTRY_POINTS = "[vllm.general_plugins]\nbailing_moe_v2 = serve.vllm_plugin:register\n"
+ENTRY_POINTS = "[vllm.general_plugins]\nbailing_moe_v2 = serve.plugin.register:register\n"
 SYNCHRONISED = {"timedatectl": {"show*": ("yes\n", 0)}}
 
 

@@ -16,10 +16,10 @@ from ascend.errors import run_command
 from serve.args import parse
 from serve.engine import EngineCommand
 from serve.launch import state_directory
+from serve.plugin.middleware import FLAG
 from serve.preflight import check_port, reserve_port
-from serve.ready import Server
-from serve.supervise import supervise
-from serve.vllm_middleware import FLAG
+from serve.watch.ready import Server
+from serve.watch.supervise import supervise
 from tests.launcher import ROOT, Launched
 
 NAME = "stub"

@@ -35,9 +35,9 @@ from convert.demo import write_demo
 from convert.manifest import check_full, check_quick, read_manifest
 from convert.manifest_command import main as write_manifest
 from serve.args import parse
-from serve.canary import CanaryError, _limits, check_canary
-from serve.ready import EngineError, Server
 from serve.settings import LaunchSettings
+from serve.watch.canary import CanaryError, _limits, check_canary
+from serve.watch.ready import EngineError, Server
 from tests.tiny import checkpoint
 
 VOCABULARY = 2048

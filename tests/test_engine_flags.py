@@ -30,8 +30,8 @@ from serve.engine_flags.rules import RULES
 from serve.engine_flags.tables import LISTED, table
 from serve.planning import Wanted, make_plan, parse_cards
 from serve.planning.model import model_of
-from serve.sglang import REFUSED as SGLANG_REFUSED
-from serve.sglang import sglang_command
+from serve.plugin.sglang import REFUSED as SGLANG_REFUSED
+from serve.plugin.sglang import sglang_command
 from tests.tiny import user_error
 
 FLASH = ModelShape(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from serve.faults import ACTIONS, TABLE, faults_in
+from serve.watch.faults import ACTIONS, TABLE, faults_in
 
 # As the sources of the table have it: torch_npu's own words, CANN's, CUDA's, with a Python name before them.
 PRINTED = {

@@ -14,15 +14,15 @@ from typing import Any
 
 import pytest
 
-from serve import heartbeat
-from serve.events import EventLog
-from serve.heartbeat import ENGINES, Heartbeat, samples
-from serve.progress import error_line
-from serve.ready import Server
-from serve.restarts import Restarts
-from serve.stopping import STOP_SIGNALS, Stopped, StopSignals
-from serve.systemd import notify
-from serve.vllm_middleware import STOPPING_FILE, Honest
+from serve.plugin.middleware import STOPPING_FILE, Honest
+from serve.watch import heartbeat
+from serve.watch.events import EventLog
+from serve.watch.heartbeat import ENGINES, Heartbeat, samples
+from serve.watch.progress import error_line
+from serve.watch.ready import Server
+from serve.watch.restarts import Restarts
+from serve.watch.stopping import STOP_SIGNALS, Stopped, StopSignals
+from serve.watch.systemd import notify
 
 
 def test_the_wait_doubles_and_too_many_deaths_are_the_end() -> None:
@@ -64,7 +64,7 @@ def test_a_warning_is_not_what_an_engine_died_of(tmp_path: Path) -> None:
 
 
 class FakeServer:
-    """Stands where `serve.ready.call` is: what a server with two ranks would answer, and what it was asked."""
+    """Stands where `serve.watch.ready.call` is: what a server with two ranks would answer, and what it was asked."""
 
     def __init__(self, moves: Sequence[str] = (), answers: Sequence[str] = ("0", "1"), metrics: bool = True) -> None:
         self.moves, self.answers, self.metrics = moves, answers, metrics

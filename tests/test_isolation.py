@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-import serve.isolation as isolation
 from ascend.errors import UserError
-from serve.faults import Fault
-from serve.isolation import FILE, forget, isolate, isolated, judged
+from serve.watch import isolation
+from serve.watch.faults import Fault
+from serve.watch.isolation import FILE, forget, isolate, isolated, judged
 
 
 @pytest.fixture

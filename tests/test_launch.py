@@ -28,9 +28,9 @@ from serve import engine
 from serve.args import REFUSED, parse
 from serve.locked import difference
 from serve.preflight import check, port_holder, reserve_port
-from serve.process import end_session, session_members
-from serve.progress import error_line
 from serve.resolve import resolve
+from serve.watch.process import end_session, session_members
+from serve.watch.progress import error_line
 from tests.launcher import LAUNCH, ROOT, free_port
 from tests.test_signature import write_key
 from tests.tiny import edit_config, read_config, user_error
@@ -265,8 +265,8 @@ def test_a_model_is_what_was_signed(tmp_path: Path, capsys: pytest.CaptureFixtur
 
 
 def test_a_context_beyond_the_models(demo: Path) -> None:
-    line = refusal("--device", "cpu", "--port", str(free_port()), "--model", str(demo), "--max-model-len", "4097")
-    assert "--max-model-len 4097 is more than the model's 4096 tokens" in line
+    line = refusal("--device", "cpu", "--port", str(free_port()), "--model", str(demo), "--max-model-len", "16385")
+    assert "--max-model-len 16385 is more than the model's 16384 tokens" in line
 
 
 @pytest.mark.parametrize(

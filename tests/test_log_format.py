@@ -15,8 +15,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from serve.log_format import CONFIG_FILE, LONGEST_LINE, MOST_LINES, SERVING, WITHHELD, SafeFormatter, printable
-from serve.progress import _PREFIX, STAGES
+from serve.plugin.log_format import CONFIG_FILE, LONGEST_LINE, MOST_LINES, SERVING, WITHHELD, SafeFormatter, printable
+from serve.watch.progress import _PREFIX, STAGES
 
 WORD = "kanarienvogel"
 PLACE = "vllm/entrypoints/openai/serving.py"

@@ -17,12 +17,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ascend.errors import UserError
-from serve import node_link, node_meeting, nodes
 from serve.args import parse
-from serve.interfaces import Interface, interfaces, source_address
-from serve.node_link import Line, NodeLink
-from serve.node_meeting import fingerprint, meet
-from serve.nodes import PORTS, check_nodes, node_address, node_settings
+from serve.nodes import link as node_link
+from serve.nodes import meeting as node_meeting
+from serve.nodes import node as nodes
+from serve.nodes.interfaces import Interface, interfaces, source_address
+from serve.nodes.link import Line, NodeLink
+from serve.nodes.meeting import fingerprint, meet
+from serve.nodes.node import PORTS, check_nodes, node_address, node_settings
 from serve.settings import LaunchSettings
 from tests.launcher import free_port, wait_for
 

@@ -20,8 +20,8 @@ import torch
 
 import ascend
 from convert.demo import write_demo
-from serve.node_link import SILENCE_SECONDS
-from serve.nodes import PORT_RANGE, PORTS
+from serve.nodes.link import SILENCE_SECONDS
+from serve.nodes.node import PORT_RANGE, PORTS
 from tests.launcher import ROOT, wait_for
 from tests.namespaces import Namespace, cable, joined
 

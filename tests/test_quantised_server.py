@@ -1,4 +1,4 @@
-"""Quantised checkpoints on the real vLLM CPU engine, which has no kernels for them: `serve.vllm_widened`."""
+"""Quantised checkpoints on the real vLLM CPU engine, which has no kernels for them: `serve.plugin.widened`."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from convert.plan import Request
 from ops import quantise
 from serve.planning.cpu import engine_bytes
 from serve.planning.model import model_in
-from serve.widening import widened
+from serve.plugin.widening import widened
 from tests.launcher import ROOT, Launched
 from tests.quantised import quantised_checkpoint
 from tests.tiny import checkpoint as small_checkpoint
@@ -191,7 +191,7 @@ def test_a_stream_that_is_not_whole_is_refused(tensors: dict[str, Tensor], said:
 
 @pytest.mark.slow  # it imports vLLM
 def test_only_this_architectures_checkpoints_are_taken_over_and_only_unasked() -> None:
-    from serve.vllm_widened import NAME, WidenedConfig
+    from serve.plugin.widened import NAME, WidenedConfig
 
     ours, other = ascend.BailingMoeV2Config(), type("Config", (), {"model_type": "llama"})()
     take = WidenedConfig.override_quantization_method

@@ -17,11 +17,11 @@ import pytest
 from convert.canary import main as record_canary
 from convert.canary_record import CANARY, read_canary
 from convert.demo import write_demo
-from serve.canary import CanaryError, check_canary
-from serve.faults import TABLE, faults_in
-from serve.log_format import CONFIG_FILE, VARIABLE, WITHHELD
-from serve.ready import EngineError, Server
+from serve.plugin.log_format import CONFIG_FILE, VARIABLE, WITHHELD
 from serve.settings import LaunchSettings
+from serve.watch.canary import CanaryError, check_canary
+from serve.watch.faults import TABLE, faults_in
+from serve.watch.ready import EngineError, Server
 from tests.launcher import free_port, wait_for
 from tests.test_canary import settings
 from tests.test_faults import PRINTED

@@ -27,7 +27,7 @@ LOADED: list[int] = []
 
 
 def main() -> None:
-    from serve import vllm_model
+    from serve.plugin import model as vllm_model
 
     asked = json.loads(Path(sys.argv[1]).read_text())
     load_weights = vllm_model.BailingMoeV2ForCausalLM.load_weights
@@ -81,7 +81,7 @@ def nbytes(model: object) -> int:
 def rope(directory: str, overrides: dict, length: int) -> list:
     from vllm.engine.arg_utils import EngineArgs
 
-    from serve.vllm_plugin import register
+    from serve.plugin.register import register
 
     register()
     arguments = EngineArgs(directory, hf_overrides=overrides, max_model_len=length, skip_tokenizer_init=True)

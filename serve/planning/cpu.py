@@ -104,7 +104,7 @@ def kv_gib(sequence_bytes: float, weight_bytes: float, free: float, workers: int
 
 
 def engine_bytes(model: PlannedModel, wide: int, quantization: str | None = None) -> tuple[int, str | None]:
-    """Return the bytes of the weights in the engine, and what to tell of those that `vllm_widened.py` widens."""
+    """Return the bytes of the weights in the engine, and what to tell of those that `widened.py` widens."""
     plain = parameters(model.shape).total * wide
     if model.precision in ("bf16", "fp32"):
         return int(plain), None

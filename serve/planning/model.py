@@ -1,6 +1,6 @@
 """The model of a plan: its sizes, and the bytes that an engine will hold of it, from real files where there are any.
 
-Light: no torch, no transformers. The engine leaves out the MTP layers (`serve/vllm_model.py`), so they are not counted.
+Light: no torch, no transformers. The engine leaves out MTP layers (`serve/plugin/model.py`): they are not counted.
 """
 
 from __future__ import annotations

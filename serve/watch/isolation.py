@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from ascend.errors import UserError
-from serve.faults import TABLE, Fault
+from serve.watch.faults import TABLE, Fault
 
 FILE = "isolated-cards.json"
 VERSION = 1

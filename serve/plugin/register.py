@@ -3,9 +3,9 @@
 1. The configuration class. Without it a directory whose config.json has an `auto_map` is refused unless remote code is
    allowed, and one without is not known at all. With it registered, transformers takes it and never looks at the
    `auto_map`. To be dropped when transformers has the class.
-2. A model class that leaves out the MTP layers, see `vllm_model.py`.
-3. On the CPU: a quantization method that widens what vLLM has no kernels for, see `vllm_widened.py`.
-4. On the CPU: experts over several data parallel ranks, see `vllm_experts.py`.
+2. A model class that leaves out the MTP layers, see `model.py`.
+3. On the CPU: a quantization method that widens what vLLM has no kernels for, see `widened.py`.
+4. On the CPU: experts over several data parallel ranks, see `experts.py`.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ def register() -> None:
     import ascend
 
     ascend.register()
-    ModelRegistry.register_model(ARCHITECTURE, f"serve.vllm_model:{ARCHITECTURE}")  # imported only where it is needed
+    ModelRegistry.register_model(ARCHITECTURE, f"serve.plugin.model:{ARCHITECTURE}")  # imported only where it is needed
     if current_platform.is_cpu():
-        import serve.vllm_experts  # completes vLLM's
-        import serve.vllm_widened  # noqa: F401, registers its method
+        import serve.plugin.experts  # completes vLLM's
+        import serve.plugin.widened  # noqa: F401, registers its method

@@ -17,21 +17,21 @@ from pathlib import Path
 from typing import NoReturn
 
 from convert.demo_config import NOTE
-from serve.canary import CanaryError, check_canary
 from serve.demo import build_demo
 from serve.engine import EngineCommand
-from serve.events import EventLog
-from serve.fault_log import FaultLog
-from serve.heartbeat import Heartbeat
-from serve.node_link import NodeLink
-from serve.process import GRACE_SECONDS, LOADING_GRACE_SECONDS, EngineProcess, Guard
-from serve.progress import COMPARING, Progress, error_line
-from serve.ready import EngineError, FinalError, Server, announce, wait_until_it_answers, write_ready_file
-from serve.restarts import Restarts
+from serve.nodes.link import NodeLink
+from serve.plugin.middleware import STOPPING_FILE, stopping_file
 from serve.settings import LaunchSettings
-from serve.stopping import Stopped, StopSignals
-from serve.systemd import feed_watchdog, notify
-from serve.vllm_middleware import STOPPING_FILE, stopping_file
+from serve.watch.canary import CanaryError, check_canary
+from serve.watch.events import EventLog
+from serve.watch.fault_log import FaultLog
+from serve.watch.heartbeat import Heartbeat
+from serve.watch.process import GRACE_SECONDS, LOADING_GRACE_SECONDS, EngineProcess, Guard
+from serve.watch.progress import COMPARING, Progress, error_line
+from serve.watch.ready import EngineError, FinalError, Server, announce, wait_until_it_answers, write_ready_file
+from serve.watch.restarts import Restarts
+from serve.watch.stopping import Stopped, StopSignals
+from serve.watch.systemd import feed_watchdog, notify
 
 POLL_SECONDS = 0.2
 KEPT_LOGS = 5  # of engines that died, engine-PORT.log.1 the latest: what happened is found out afterwards

@@ -4,7 +4,7 @@ MTP layers: vLLM 0.32 and 0.33 refuse a checkpoint with a tensor they have no pa
 as ``model.layers.{num_hidden_layers + i}``, have none (``There is no module or parameter named 'layers.32'``); 0.23
 passes over them in silence. No issue or pull request of vLLM's is known to us. To be dropped when vLLM loads or skips
 them.
-Quantised weights on the CPU: see `vllm_widened.py`.
+Quantised weights on the CPU: see `widened.py`.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ class BailingMoeV2ForCausalLM(bailing_moe.BailingMoeV2ForCausalLM):
         """Load what belongs to the first ``num_hidden_layers`` layers and to no layer. Returns the names loaded."""
         weights = _main_model(weights, self.config.num_hidden_layers)
         if current_platform.is_cpu():
-            from serve.vllm_widened import WidenedConfig  # here, as its import registers the method
-            from serve.widening import widened
+            from serve.plugin.widened import WidenedConfig  # here, as its import registers the method
+            from serve.plugin.widening import widened
 
             if self.quant_config is None or isinstance(self.quant_config, WidenedConfig):  # None: plain, or ModelSlim's
                 weights = widened(weights, next(self.parameters()).dtype)

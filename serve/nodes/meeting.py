@@ -1,7 +1,7 @@
 """The launchers of several servers meet before any engine starts: who does not come, or differs, is named.
 
 TCP on the port of `--node-address`, which vLLM listens on afterwards. Node r sends {"node": r, "of": N, "is": {...}},
-node 0 answers all with {"start": true} or {"refused": "why"}; meanwhile both send {}, see `serve/node_link.py`.
+node 0 answers all with {"start": true} or {"refused": "why"}; meanwhile both send {}, see `serve/nodes/link.py`.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from typing import Any
 
 from ascend.errors import UserError
 from convert.manifest import MANIFEST
-from serve.node_link import BEAT_SECONDS, Line, NodeLink, words
-from serve.nodes import node_address, own_interface
+from serve.nodes.link import BEAT_SECONDS, Line, NodeLink, words
+from serve.nodes.node import node_address, own_interface
 from serve.settings import LaunchSettings
 
 GREETING_SECONDS = 3.0  # for one that has connected to say who it is

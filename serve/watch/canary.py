@@ -24,10 +24,10 @@ from ascend.errors import UserError
 from ascend.model_shape import context_limit
 from convert.canary_record import CANARY, Canary, canary_prompts, canary_text, differences, noise_of, read_canary
 from convert.manifest import MANIFEST
-from serve.process import EngineProcess
-from serve.progress import error_line, printable
-from serve.ready import EngineError, Server, call
 from serve.settings import LaunchSettings
+from serve.watch.process import EngineProcess
+from serve.watch.progress import error_line, printable
+from serve.watch.ready import EngineError, Server, call
 
 TIMEOUT = 300.0  # seconds for one prompt: the first of its length may compile kernels
 UNIFORM = 1e-6  # nats by which log-probabilities differ if a model says anything at all

@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from serve.ready import Server, call
+from serve.watch.ready import Server, call
 
 PROBE_AFTER = 1 / 3  # of the set time without a sign: then a request is sent
 READ_EVERY = 1 / 20  # of the set time, and at most …

@@ -1,7 +1,8 @@
 """The engine of a server that is not the first: vLLM's `--headless`, with no API server of its own.
 
-`python -m serve.headless FLAG…` is `vllm serve FLAG…`, of which `python -m vllm.entrypoints.openai.api_server` leaves
-out this mode, and which does not start with the CPU build up to 0.32: it asks for the version of a distribution "vllm".
+`python -m serve.nodes.headless FLAG…` is `vllm serve FLAG…`, of which `python -m vllm.entrypoints.openai.api_server`
+leaves out this mode, and which does not start with the CPU build up to 0.32: it asks for the version of a distribution
+"vllm".
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 Only lines that no client can write count: those of the engine core and the workers, never those of the API server, and
 lines without a process's name only where they begin the way a device's runtime begins them. What a client has asked for
-is in no line of the former as long as `serve.log_format` writes them.
+is in no line of the former as long as `serve.plugin.log_format` writes them.
 """
 
 from __future__ import annotations

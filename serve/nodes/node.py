@@ -2,7 +2,7 @@
 
 One command per server, the same but for `--node-rank`. Each server runs whole replicas of the attention (data parallel)
 on its own cards; experts may be spread over all of them. Node 0 has the API and hands the requests out; the others run
-the engine alone (`serve/headless.py`). The launchers of all nodes stay in touch (`serve/node_link.py`).
+the engine alone (`serve/nodes/headless.py`). The launchers of all nodes stay in touch (`serve/nodes/link.py`).
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ascend.errors import UserError, suggest
-from serve.interfaces import Interface, interfaces, source_address
+from serve.nodes.interfaces import Interface, interfaces, source_address
 from serve.preflight import port_holder
 from serve.settings import LaunchSettings
 
@@ -54,7 +54,7 @@ PORTS = (
 class NodeSettings:
     """What several servers add to one node's engine: flags without dashes, environment, and which program it is.
 
-    headless: `python -m serve.headless` runs it, and nothing answers on its --port.
+    headless: `python -m serve.nodes.headless` runs it, and nothing answers on its --port.
     """
 
     flags: dict[str, str | int | bool] = field(default_factory=dict)

@@ -1,6 +1,6 @@
 """Two things vLLM's API server does not say: that it is about to stop, and that a stream did not come to its end.
 
-vLLM loads it into the API server: `--middleware serve.vllm_middleware.Honest`. Seen in 0.23 and 0.32: once told to
+vLLM loads it into the API server: `--middleware serve.plugin.middleware.Honest`. Seen in 0.23 and 0.32: once told to
 stop, it goes on to accept requests and answers them with status 500, or with 200 and nothing; and after the error event
 of a stream that broke off it still sends `[DONE]`, which to a client that knows no error events means a whole answer.
 """
@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 STOPPING_FILE = "ANTANGELMED_STOPPING_FILE"  # in the engine's environment: while this file exists, nothing new is begun
-FLAG = ("--middleware", "serve.vllm_middleware.Honest")
+FLAG = ("--middleware", "serve.plugin.middleware.Honest")
 RETRY_AFTER_SECONDS = 10
 WATCHED = "/metrics"  # is answered to the end: a monitoring system wants to see it
 ERROR_EVENT = b'data: {"error"'
