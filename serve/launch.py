@@ -92,7 +92,8 @@ def _meet(settings: LaunchSettings, resolved: Resolved, model: Path) -> NodeLink
     if settings.model is None:
         build_demo(model)
     packages = [name for name, _, _ in KINDS[settings.engine, resolved.device].packages]
-    return meet(settings, fingerprint(model, [*packages, "torch"], resolved.plan.settings), settings.timeout)
+    flags = {"dtype": settings.dtype, **resolved.plan.settings}
+    return meet(settings, fingerprint(model, [*packages, "torch"], flags), settings.timeout)
 
 
 def state_directory() -> Path:
