@@ -14,6 +14,7 @@ from typing import Any
 
 from ascend.errors import UserError
 from serve.config_file import as_flags
+from serve.planning.cards import VISIBLE
 from serve.plugin import log_format, sglang
 from serve.plugin.middleware import FLAG as MIDDLEWARE
 from serve.settings import LaunchSettings
@@ -118,18 +119,19 @@ def engine_command(
         settings: what the user asked for; its engine flags come last, its environment wins over the plan's.
         model: the checkpoint's directory; name: what clients call it.
         planned: flags without their dashes, with values as `serve.config_file.as_flags` takes them.
-        environment: set unless the user's own environment has it.
+        environment: set unless the user's own environment has it; which cards are visible always.
         headless: this is not the first of several servers, so there is no API.
     """
     _check_environment(settings)
-    wanted = {key: value for key, value in environment.items() if key not in os.environ}
+    # Which cards are used was decided within what the user made visible, less the isolated ones.
+    decided = VISIBLE.values()
+    wanted = {key: value for key, value in environment.items() if key not in os.environ or key in decided}
     if settings.engine == "sglang":
         if os.environ.get("VLLM_API_KEY"):
             raise UserError(
                 "VLLM_API_KEY is set, but SGLang takes a key only where every user can read it, on its command line: "
                 "unset it and ask for keys in a gateway in front, or use --engine vllm"
             )
-        wanted = {key: value for key, value in wanted.items() if not key.startswith("VLLM_")}
         words = sglang.sglang_command(model, name, settings.host, settings.port, planned, settings.engine_flags)
         return EngineCommand(words, {**wanted, **settings.environment, **sglang.ENVIRONMENT})
     # `vllm serve` does not start with the CPU build up to 0.32: it asks for the version of a distribution "vllm".

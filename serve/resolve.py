@@ -49,22 +49,20 @@ def resolve(settings: LaunchSettings, checkpoint: Checkpoint | None) -> Resolved
     model = model_in(checkpoint.path) if checkpoint else model_of(demo, DEMO_NAME)
     given = read_flags(settings.engine, engine_version(settings, device), device, settings.engine_flags)
     plan = make_plan(model, cards, _wanted(settings, given), settings.engine)
+    if settings.engine == "sglang":
+        plan = _for_sglang(plan, settings)
     note = check_nodes(settings, device)
     node = node_settings(_with_sizes(settings, plan), device, cards.count)
     name = settings.served_model_name or (model.name if checkpoint else DEMO_NAME)
     directory = settings.model or demo_directory()
     flags = {"dtype": settings.dtype, **plan.settings, **node.flags}
-    if settings.engine == "sglang" and plan.memory and settings.gpu_memory_utilization is None:
-        # SGLang's share is of weights and cache alone; vLLM's has the activations in it.
-        flags["gpu-memory-utilization"] = (
-            math.floor(100 * (plan.memory.weights + plan.memory.kv) / plan.memory.total) / 100
-        )
     notes = [*plan.warnings, note]
     if settings.max_model_len is not None and settings.max_model_len > model.context:
         notes.append(f"config.json reaches {model.context} tokens: YaRN is switched on for {settings.max_model_len}")
     planned = {flag: value for flag, value in flags.items() if flag not in given}
     # On one server the engine's processes talk to one another on this machine only.
-    environment = {"VLLM_HOST_IP": "127.0.0.1", **plan.environment, **node.environment}
+    home = {"VLLM_HOST_IP": "127.0.0.1"} if settings.engine == "vllm" else {}
+    environment = {**home, **plan.environment, **node.environment}
     command = engine_command(settings, directory, name, planned, environment, node.headless)
     together = {**planned, **given}
     check_combination(together, device, cards.total, model.shape, cards.nodes, command.full_environment())
@@ -112,6 +110,18 @@ def _cards(settings: LaunchSettings, device: str) -> Cards:
         lacking = f", {_reasons(broken)}" if broken else ""
         raise UserError(f"--cards {settings.cards}: {len(here)} are to be had here{lacking}; name as many, or fewer")
     return replace(found, count=wanted, indices=here[:wanted])
+
+
+def _for_sglang(plan: Plan, settings: LaunchSettings) -> Plan:
+    """The plan without vLLM's own variables, and with SGLang's share of a card's memory.
+
+    That is of weights and cache alone; vLLM's has the activations in it.
+    """
+    environment = {name: value for name, value in plan.environment.items() if not name.startswith("VLLM_")}
+    share = settings.gpu_memory_utilization
+    if share is None and plan.memory:
+        share = math.floor(100 * (plan.memory.weights + plan.memory.kv) / plan.memory.total) / 100
+    return replace(plan, settings={**plan.settings, "gpu-memory-utilization": share}, environment=environment)
 
 
 def _with_sizes(settings: LaunchSettings, plan: Plan) -> LaunchSettings:
