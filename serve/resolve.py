@@ -60,9 +60,11 @@ def resolve(settings: LaunchSettings, checkpoint: Checkpoint | None) -> Resolved
     if settings.max_model_len is not None and settings.max_model_len > model.context:
         notes.append(f"config.json reaches {model.context} tokens: YaRN is switched on for {settings.max_model_len}")
     planned = {flag: value for flag, value in flags.items() if flag not in given}
-    # On one server the engine's processes talk to one another on this machine only.
-    home = {"VLLM_HOST_IP": "127.0.0.1"} if settings.engine == "vllm" else {}
-    environment = {**home, **plan.environment, **node.environment}
+    # torch's own place for compiled code is below /tmp: often noexec, and open to whoever was there first.
+    environment = {"TORCHINDUCTOR_CACHE_DIR": str(demo_directory().parent / "inductor")}
+    if settings.engine == "vllm":
+        environment["VLLM_HOST_IP"] = "127.0.0.1"  # on one server its processes talk on this machine only
+    environment = {**environment, **plan.environment, **node.environment}
     command = engine_command(settings, directory, name, planned, environment, node.headless)
     together = {**planned, **given}
     check_combination(together, device, cards.total, model.shape, cards.nodes, command.full_environment())

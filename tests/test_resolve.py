@@ -105,12 +105,14 @@ def test_what_the_user_gives_to_the_engine_wins_over_the_plan(demo: Path) -> Non
 
 def test_the_users_environment_wins_but_not_over_what_is_safe(demo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    monkeypatch.setenv("XDG_CACHE_HOME", "/var/cache/here")
     monkeypatch.setenv("HF_HUB_OFFLINE", "0")
     settings = parse([*DRY, "--model", str(demo), "--device", "npu", "--cards", "8x910B3"])
     environment = resolve(settings, open_checkpoint(demo)).command.full_environment()
     assert environment["OMP_NUM_THREADS"] == "3"
     assert environment["HF_HUB_OFFLINE"] == "1"
     assert environment["TASK_QUEUE_ENABLE"] == "1"
+    assert environment["TORCHINDUCTOR_CACHE_DIR"] == "/var/cache/here/antangelmed/inductor"
 
 
 def test_cards_are_those_found(server: Path) -> None:
