@@ -130,8 +130,11 @@ def _numbers(config: Model) -> tuple[int, int, int, int]:
 
 @lru_cache(maxsize=32)
 def _hits(routing: Routing, numbers: tuple[int, int, int, int], tokens: int) -> Any:
-    """Which experts steps of ``tokens`` tokens hit: bool ``[S, E]``."""
-    import numpy as np
+    """Which experts steps of ``tokens`` tokens hit: bool ``[S, E]``. Raises `UserError` where numpy is missing."""
+    try:
+        import numpy as np
+    except ImportError:
+        raise UserError("numpy is not installed: pip install numpy, or take .venv/bin/python") from None
 
     E, K, n_group, topk_group = numbers
     samples = max(1, TOKENS // tokens // PIECE) * PIECE

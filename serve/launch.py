@@ -26,6 +26,7 @@ from serve.preflight import check, has_chat_template, reserve_port
 from serve.printed import config_text
 from serve.resolve import Resolved, resolve
 from serve.settings import LaunchSettings
+from serve.state import state_directory
 from serve.watch.isolation import forget
 from serve.watch.ready import Server
 from serve.watch.supervise import supervise
@@ -94,13 +95,3 @@ def _meet(settings: LaunchSettings, resolved: Resolved, model: Path) -> NodeLink
     packages = [name for name, _, _ in KINDS[settings.engine, resolved.device].packages]
     flags = {"dtype": settings.dtype, **resolved.plan.settings}
     return meet(settings, fingerprint(model, [*packages, "torch"], flags), settings.timeout)
-
-
-def state_directory() -> Path:
-    """Return the directory for the engine's logs, made if it is not there, closed to other users."""
-    state = Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state") / "antangelmed"
-    try:
-        state.mkdir(mode=0o750, parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"{state}: cannot be made ({error.strerror}); set XDG_STATE_HOME to a writable place") from None
-    return state

@@ -15,9 +15,9 @@ from typing import Any
 from ascend.errors import run_command
 from serve.args import parse
 from serve.engine import EngineCommand
-from serve.launch import state_directory
 from serve.plugin.middleware import FLAG
 from serve.preflight import check_port, reserve_port
+from serve.state import state_directory
 from serve.watch.ready import Server
 from serve.watch.supervise import supervise
 from tests.launcher import ROOT, Launched

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from serve.watch.progress import printable
+from serve.state import printable
 
 LEVELS = ("ok", "note", "unknown", "warning", "error")  # error: a launch would fail; unknown: it could not be told
 

@@ -18,7 +18,7 @@ import time
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from serve.watch.progress import printable
+from serve.state import printable
 
 BEAT_SECONDS = 1.0
 SILENCE_SECONDS = 10.0

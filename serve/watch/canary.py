@@ -25,8 +25,9 @@ from ascend.model_shape import context_limit
 from convert.canary_record import CANARY, Canary, canary_prompts, canary_text, differences, noise_of, read_canary
 from convert.manifest import MANIFEST
 from serve.settings import LaunchSettings
+from serve.state import printable
 from serve.watch.process import EngineProcess
-from serve.watch.progress import error_line, printable
+from serve.watch.progress import error_line
 from serve.watch.ready import EngineError, Server, call
 
 TIMEOUT = 300.0  # seconds for one prompt: the first of its length may compile kernels

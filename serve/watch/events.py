@@ -9,7 +9,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from serve.watch.progress import printable
+from serve.state import printable
 
 KEPT_BYTES = 2**20  # beyond this the file becomes FILE.1 at the next start of the launcher
 

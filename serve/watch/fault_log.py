@@ -7,10 +7,11 @@ import time
 
 from ascend.errors import UserError
 from serve.engine import EngineCommand
+from serve.state import printable
 from serve.watch.events import EventLog
 from serve.watch.faults import Fault, faults_in
 from serve.watch.isolation import isolate, judged
-from serve.watch.progress import Tail, printable
+from serve.watch.progress import Tail
 from serve.watch.ready import EngineError, FinalError, Server
 
 SETTLE_SECONDS = 1.0  # from the first line of a device fault to the ones that name the card

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from ascend.errors import UserError
+from serve.state import state_directory
 from serve.watch.faults import TABLE, Fault
 
 FILE = "isolated-cards.json"
@@ -145,8 +146,6 @@ def _visible(device: str, environment: Mapping[str, str]) -> tuple[int, ...]:
 
 def _file(directory: Path | None) -> Path:
     if directory is None:
-        from serve.launch import state_directory  # here: the launcher imports this file
-
         directory = state_directory()
     return directory / FILE
 

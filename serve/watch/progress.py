@@ -7,6 +7,8 @@ import sys
 import time
 from pathlib import Path
 
+from serve.state import printable
+
 # A line of vLLM's log that contains the text begins the stage. Seen in 0.23, 0.32 and 0.33; a text that a
 # version words differently only joins two stages.
 STAGES = (
@@ -44,11 +46,6 @@ def error_line(log: Path) -> str:
     if not said:
         return "it wrote nothing to its log"
     return printable(said[-1].removeprefix(_PYDANTIC).partition(" [type=value_error")[0])[:500]
-
-
-def printable(text: str) -> str:
-    """Return the text with everything that could steer a terminal taken out."""
-    return "".join(character if character.isprintable() else " " for character in text)
 
 
 class Tail:

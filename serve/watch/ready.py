@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from convert.demo_config import NOTE
+from serve.state import printable
 from serve.watch.process import EngineProcess
-from serve.watch.progress import ANSWERING, Progress, error_line, printable
+from serve.watch.progress import ANSWERING, Progress, error_line
 
 QUESTION = "What is a normal resting heart rate for an adult?"
 ANSWER_TOKENS = 24
