@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from ascend.errors import UserError
@@ -28,10 +28,10 @@ def test_a_file_says_what_flags_say(tmp_path: Path) -> None:
         "engine-flags: {seed: 3, enable-prefix-caching: false, hf-overrides: {a: {b: true}}}\n"
         'environment: {HCCL_BUFFSIZE: 200, OMP_PROC_BIND: "false"}\n',
     )
-    settings = parse(["--config", file, "--", "--max-logprobs", "5"])
-    assert (settings.port, settings.max_num_seqs, settings.expert_parallel, settings.hang) == (8123, 4, False, 2.5)
-    assert settings.model == tmp_path / "models" / "one"
-    assert settings.engine_flags == (
+    asked = parse(["--config", file, "--", "--max-logprobs", "5"])
+    assert (asked.port, asked.max_num_seqs, asked.expert_parallel, asked.hang) == (8123, 4, False, 2.5)
+    assert asked.model == tmp_path / "models" / "one"
+    assert asked.engine_flags == (
         "--seed",
         "3",
         "--no-enable-prefix-caching",
@@ -40,7 +40,7 @@ def test_a_file_says_what_flags_say(tmp_path: Path) -> None:
         "--max-logprobs",
         "5",
     )
-    assert settings.environment == {"HCCL_BUFFSIZE": "200", "OMP_PROC_BIND": "false"}
+    assert asked.environment == {"HCCL_BUFFSIZE": "200", "OMP_PROC_BIND": "false"}
 
 
 def test_the_command_line_wins(tmp_path: Path) -> None:
@@ -49,8 +49,8 @@ def test_the_command_line_wins(tmp_path: Path) -> None:
         ["--config", file, "--port", "9000", "--no-expert-parallel"],
         ["--port=9000", "--no-expert-parallel", "--config", file],
     ):
-        settings = parse(arguments)
-        assert (settings.port, settings.expert_parallel, settings.max_num_seqs) == (9000, False, 4)
+        asked = parse(arguments)
+        assert (asked.port, asked.expert_parallel, asked.max_num_seqs) == (9000, False, 4)
 
 
 def test_a_file_wins_over_a_profile(tmp_path: Path) -> None:
@@ -113,6 +113,7 @@ scalars = st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), st.tex
 names = st.sampled_from(["port", "model", "hang", "expert-parallel", "engine-flags", "environment", "cards", "x"])
 
 
+@settings(max_examples=60, suppress_health_check=[HealthCheck.too_slow])
 @given(
     st.dictionaries(
         names, st.recursive(scalars, lambda inner: st.lists(inner) | st.dictionaries(scalars, inner), max_leaves=4)
