@@ -30,10 +30,12 @@ all | quick)
   on_cpu -m "not slow" || status=$?
   wait $! || failed+=("mypy, tests/npu or tests/triton")
   cat "$beside"
-  if [[ ${1:-all} == all ]]; then # one after the other: some of the slow tests measure time
-    on_npu -m slow || failed+=("slow ones of tests/npu")
-    on_interpreter -m slow || failed+=("slow ones of tests/triton")
-    on_cpu -m slow || status=$?
+  if [[ ${1:-all} == all ]]; then
+    { on_npu -m slow && on_interpreter -m slow; } >"$beside" 2>&1 &
+    on_cpu -m "slow and engine" || status=$?
+    wait $! || failed+=("slow ones of tests/npu or tests/triton")
+    cat "$beside"
+    on_cpu -m "slow and not engine" || status=$? # by themselves: some of them measure time
   fi
   # pytest's line stays the last one of a good run; a bad one says all that is bad.
   [[ ${#failed[@]} -eq 0 ]] || { printf 'failed: %s\n' "${failed[@]}" >&2 && exit $((status ? status : 1)); }
