@@ -31,9 +31,9 @@ all | quick)
   wait $! || failed+=("mypy, tests/npu or tests/triton")
   cat "$beside"
   if [[ ${1:-all} == all ]]; then
-    { on_npu -m slow && on_interpreter -m slow; } >"$beside" 2>&1 &
-    on_cpu -m "slow and engine" || status=$?
-    wait $! || failed+=("slow ones of tests/npu or tests/triton")
+    { on_npu -m slow && on_interpreter -m slow && on_cpu -m "slow and engine" tests/test_[a-o]*.py; } >"$beside" 2>&1 &
+    on_cpu -m "slow and engine" tests/test_[p-z]*.py || status=$?
+    wait $! || failed+=("slow ones of tests/npu or tests/triton, or those of the engine")
     cat "$beside"
     on_cpu -m "slow and not engine" || status=$? # by themselves: some of them measure time
   fi

@@ -42,7 +42,7 @@ MISTAKES = {
     "TP x DP beyond the cards": (f"{NPU}8x910B3 --tensor-parallel-size 8 --data-parallel-size 2", "", "what would do"),
     "context beyond the model": (
         f"{NPU}8x910B3 --max-model-len 40000 --model DIR",
-        "more than the model's 4096",
+        "more than the model's 16384",
         "lower",
     ),
     "float32 on a 910B": (f"{NPU}8x910B3 --dtype float32", "float32", "use bfloat16"),

@@ -228,11 +228,11 @@ def test_a_killed_launcher_takes_the_engine_with_it(tmp_path: Path) -> None:
 
 
 def test_an_engine_that_refuses_to_start_is_one_line(tmp_path: Path) -> None:
-    launched = Launched(tmp_path / "run", "--device", "cpu", "--", "--no-such-engine-flag")
+    launched = Launched(tmp_path / "run", "--device", "cpu", "--", "--load-format", "no-such-format")
     assert launched.process.wait(120) == 1
     error = launched.output.splitlines()[-1]
     assert error.startswith("error: the engine did not start: ")
-    assert "--no-such-engine-flag" in error
+    assert "no-such-format" in error
     assert "engine-" in error  # where its log is
     assert launched.processes() == set()
 
