@@ -80,7 +80,8 @@ def is_one_line(said: str) -> bool:
     return said.startswith("error: ") and said.count("\n") == 1 and said.endswith("\n")
 
 
-@pytest.mark.parametrize("points", [4, pytest.param(26, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("points", [26])
 def test_broken_off_at_any_call(points: int, source: Path, tmp_path: Path) -> None:
     seen = forks("crashes", source, tmp_path / "base", str(points))
     assert seen["wrong"] == []

@@ -224,6 +224,7 @@ def _where(group: Group, case: Case) -> None:
         seen.clear()
 
 
+@pytest.mark.slow
 @examples(25)
 @given(case=cases(4).filter(lambda case: not case.replicated))
 def test_dispatch_and_strategies_agree_on_who_computes_what(four: Ranks, case: Case) -> None:

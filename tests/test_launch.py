@@ -82,6 +82,7 @@ def taken_port() -> Iterator[int]:
         yield listener.getsockname()[1]
 
 
+@pytest.mark.slow  # a start each
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [

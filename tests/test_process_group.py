@@ -149,7 +149,7 @@ def _check_lost(answer: Any, line: str, seconds: float = TIMEOUT + SLACK) -> Non
 @pytest.mark.parametrize(
     ("how", "when"),
     [
-        (signal.SIGSTOP, "during"),
+        pytest.param(signal.SIGSTOP, "during", marks=pytest.mark.slow),
         pytest.param(signal.SIGKILL, "before", marks=pytest.mark.slow),
         pytest.param(signal.SIGKILL, "during", marks=pytest.mark.slow),
         pytest.param(signal.SIGSTOP, "before", marks=pytest.mark.slow),

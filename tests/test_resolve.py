@@ -107,6 +107,7 @@ def test_the_users_environment_wins_but_not_over_what_is_safe(demo: Path, monkey
     monkeypatch.setenv("OMP_NUM_THREADS", "3")
     monkeypatch.setenv("XDG_CACHE_HOME", "/var/cache/here")
     monkeypatch.setenv("HF_HUB_OFFLINE", "0")
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)  # an earlier test's torch may have set it
     settings = parse([*DRY, "--model", str(demo), "--device", "npu", "--cards", "8x910B3"])
     environment = resolve(settings, open_checkpoint(demo)).command.full_environment()
     assert environment["OMP_NUM_THREADS"] == "3"
