@@ -14,6 +14,7 @@ from typing import Any
 from ascend.checkpoint import Checkpoint
 from ascend.devices import choose
 from ascend.errors import UserError
+from ascend.precision import PRECISIONS
 from convert.demo_config import demo_config
 from serve.demo import DEMO_NAME, demo_directory
 from serve.engine import KINDS, EngineCommand, engine_command
@@ -68,6 +69,9 @@ def resolve(settings: LaunchSettings, checkpoint: Checkpoint | None) -> Resolved
     command = engine_command(settings, directory, name, planned, environment, node.headless)
     together = {**planned, **given}
     check_combination(together, device, cards.total, model.shape, cards.nodes, command.full_environment())
+    meant = (settings.profile or "").rpartition("-")[2]
+    if meant in PRECISIONS and meant != plan.precision:
+        notes.append(f"--profile {settings.profile} was computed for weights in {meant}, these are in {plan.precision}")
     return Resolved(device, why, cards, plan, node, command, name, tuple(one for one in notes if one))
 
 

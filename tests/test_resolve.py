@@ -96,6 +96,13 @@ def test_a_profile_starts_for_its_cards(tmp_path: Path, name: str) -> None:
         assert words.count(flag) == 1, flag
 
 
+def test_a_profile_for_other_weights_is_told(demo: Path) -> None:
+    for name, told in (("910b-2x64g-w4a16", True), ("h20-4x-bf16", False)):
+        settings = parse([*DRY, "--model", str(demo), "--profile", name, "--max-model-len", "4096"])
+        notes = resolve(settings, open_checkpoint(demo)).notes
+        assert any(f"--profile {name} was computed for weights in w4a16" in note for note in notes) is told
+
+
 def test_what_the_user_gives_to_the_engine_wins_over_the_plan(demo: Path) -> None:
     graphs = '{"cudagraph_mode": "NONE"}'
     words = command(demo, "--device", "npu", "--cards", "8x910B3", "--", "--compilation_config", graphs)
