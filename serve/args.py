@@ -221,7 +221,7 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument_group("watching it").add_argument
     add(
         "--timeout",
-        type=_seconds,
+        type=_second_or_more,
         default=1800.0,
         metavar="SECONDS",
         help="give up if not ready by then; default: 1800",
@@ -229,7 +229,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--canary", choices=CANARY, default="auto", help="compare recorded logprobs before it counts as ready")
     add(
         "--hang",
-        type=_seconds,
+        type=_second_or_more,
         default=120.0,
         metavar="SECONDS",
         help="without progress it counts as hung; default: 120",
@@ -280,6 +280,13 @@ def _seconds(text: str) -> float:
         value = math.nan
     if not 0 <= value < math.inf:
         raise argparse.ArgumentTypeError(f"'{text}' is not a time, a number from 0 on")
+    return value
+
+
+def _second_or_more(text: str) -> float:
+    value = _seconds(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"'{text}' is too short: give a second or more")
     return value
 
 

@@ -149,6 +149,10 @@ def engine_command(
 
 def _check_environment(settings: LaunchSettings) -> None:
     for name in settings.environment:
+        if name in VISIBLE.values():
+            raise UserError(
+                f"environment: {name} is not for a file: set it where the launcher is started, or use --cards"
+            )
         if name in SECRET:
             raise UserError(f"environment: {name} is a secret: set it in the launcher's environment, not in a file")
         if name in FORCED or name in REMOVED:

@@ -18,7 +18,7 @@ from serve.plugin.middleware import STOPPING_FILE, Honest
 from serve.watch import heartbeat
 from serve.watch.events import EventLog
 from serve.watch.heartbeat import ENGINES, Heartbeat, samples
-from serve.watch.progress import error_line
+from serve.watch.progress import Tail, error_line
 from serve.watch.ready import Server
 from serve.watch.restarts import Restarts
 from serve.watch.stopping import STOP_SIGNALS, Stopped, StopSignals
@@ -263,3 +263,13 @@ def test_a_server_that_stops_begins_nothing(tmp_path: Path, monkeypatch: pytest.
     assert json.loads(body)["error"]["code"] == 503
     assert through_middleware("/health", b"")[0] == 503
     assert through_middleware("/metrics", b"yes")[0] == 200
+
+
+def test_a_log_that_was_cut_off_is_read_from_its_beginning(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    log.write_text("one\ntwo\n")
+    tail = Tail(log)
+    assert tail.lines() == ["one", "two"]
+    log.write_text("new\n")
+    assert tail.lines() == ["new"]
+    assert tail.lines() == []

@@ -161,3 +161,38 @@ def test_sglang_has_no_place_for_a_key(demo: Path, monkeypatch: pytest.MonkeyPat
     settings = parse([*DRY, "--model", str(demo), "--device", "cuda", "--cards", "1xH200", "--engine", "sglang"])
     assert "VLLM_API_KEY is set, but SGLang takes a key only" in user_error(resolve, settings, open_checkpoint(demo))
     assert "secret" not in str(resolve(parse([*DRY, "--device", "cpu"]), None).command)
+
+
+@pytest.mark.parametrize(
+    ("listed", "answer"),
+    [
+        ("4,5", (4, 5)),
+        ("4, 5", (4, 5)),
+        ("5,5,9", (5,)),
+        ("", "hides every card"),
+        ("9", "hides every card"),
+        ("GPU-1234abcd", "cards are planned by number"),
+        ("-1", "cards are planned by number"),
+    ],
+)
+def test_what_is_visible(server: Path, monkeypatch: pytest.MonkeyPatch, listed: str, answer: object) -> None:
+    monkeypatch.setenv("ASCEND_RT_VISIBLE_DEVICES", listed)
+    settings = parse(["--device", "npu"])
+    if isinstance(answer, str):
+        assert answer in user_error(_cards, settings, "npu")
+    else:
+        assert _cards(settings, "npu").indices == answer
+
+
+def test_visible_cards_are_in_no_file(
+    server: Path, demo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ASCEND_RT_VISIBLE_DEVICES", "4,5")
+    monkeypatch.setattr("serve.resolve._device", lambda settings: ("npu", "as asked for"))
+    settings = parse(["--model", str(demo), "--device", "npu"])
+    resolved = resolve(settings, open_checkpoint(demo))
+    assert resolved.command.environment["ASCEND_RT_VISIBLE_DEVICES"] == "4,5"
+    assert "VISIBLE" not in config_text(settings, resolved)
+    (tmp_path / "site.yaml").write_text('environment: {ASCEND_RT_VISIBLE_DEVICES: "1"}')
+    file = parse([*DRY, "--model", str(demo), "--device", "cpu", "--config", str(tmp_path / "site.yaml")])
+    assert "is not for a file" in user_error(resolve, file, open_checkpoint(demo))

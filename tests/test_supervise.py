@@ -171,7 +171,10 @@ def test_a_device_fault_is_named_and_acted_on(started: Callable[..., Launched]) 
     kernel, memory = "error code 507014 aicore timeout", "UCE ERROR: HBM MULTI BIT ECC ERROR on NPU 3"
     said = [FIRST_ANSWER + 5, f"(Worker_TP3 pid=7) ERROR 11-23 14:28:07 [worker.py:1] RuntimeError: {kernel}"]
     dying = started({"log_at_token": said, "die_at_token": FIRST_ANSWER + 20}, {})
-    broken = started({"log_at_token": [said[0], said[1].replace(kernel, memory)]}, {})
+    broken = started(
+        {"log_at_token": [said[0], said[1].replace(kernel, memory)], "die_at_token": FIRST_ANSWER + 20}, {}
+    )
+    forged = started({"log_at_token": [said[0], said[1].replace(kernel, memory)]}, {})
     for launched in (dying, broken):
         stream = Streams(launched.wait_until_ready(30)["base_url"], NAME, tokens=1000)
         (outcome,) = stream.wait(10)
@@ -183,6 +186,11 @@ def test_a_device_fault_is_named_and_acted_on(started: Callable[..., Launched]) 
     assert wait_for(lambda: serves(dying), 10)
     assert events(dying)[2:5] == ["fault", "death", "restart"]
     stopped(dying)
+    whole = Streams(forged.wait_until_ready(30)["base_url"], NAME, tokens=40)  # a client may have written that line
+    assert all(outcome.is_whole for outcome in whole.wait(20))
+    assert events(forged) == ["start", "ready"]
+    assert "device fault" not in forged.output
+    stopped(forged)
 
 
 @pytest.mark.slow

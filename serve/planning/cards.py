@@ -95,16 +95,24 @@ def found_cards(nodes: int = 1, host: Host | None = None) -> Cards:
         facts = lookup(names.pop())
         if facts.memory.value is None:
             raise UserError(f"the cards here, {facts.name}, are not in the table; there is {', '.join(TABLE)}")
-        visible = host.environ.get(VISIBLE[device])
-        indices = tuple(range(present))
-        if visible is not None and re.fullmatch(r"\d+(,\d+)*", visible):
-            indices = tuple(int(one) for one in visible.split(",") if int(one) < present)
-        if not indices:
-            raise UserError(
-                f"{VISIBLE[device]}={visible} hides every card; unset it, or list some of 0 to {present - 1}"
-            )
+        indices = _visible(host.environ.get(VISIBLE[device]), device, present)
         return Cards(device, facts, len(indices), facts.memory.value, nodes, indices)
     return _cpu(None)
+
+
+def _visible(listed: str | None, device: str, present: int) -> tuple[int, ...]:
+    """The cards that the environment leaves visible, by number. Raises `UserError` for what does not tell."""
+    if listed is None:
+        return tuple(range(present))
+    words = [word.strip() for word in listed.split(",")]
+    if not all(map(str.isdecimal, words)) and any(words):
+        raise UserError(
+            f"{VISIBLE[device]}={listed}: cards are planned by number: list some of 0 to {present - 1}, or unset it"
+        )
+    indices = tuple(dict.fromkeys(int(word) for word in words if word and int(word) < present))
+    if not indices:
+        raise UserError(f"{VISIBLE[device]}={listed} hides every card; unset it, or list some of 0 to {present - 1}")
+    return indices
 
 
 def _cpu(memory: float | None) -> Cards:

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from ascend.devices.facts import GiB
+from serve.planning.cards import VISIBLE
 from serve.planning.cpu import MACHINE_DEPENDENT
 from serve.planning.limits import CONTEXT, Rate
 from serve.planning.result import Choice, Plan
@@ -97,7 +98,9 @@ def config_file(plan: Plan, own: Mapping[str, Any] | None = None) -> str:
         lines.append("engine-flags:")
         for name, value in engine_only.items():
             put(name, value, "  ")
-    environment = {name: value for name, value in plan.environment.items() if name not in MACHINE_DEPENDENT}
+    environment = {
+        name: value for name, value in plan.environment.items() if name not in (*MACHINE_DEPENDENT, *VISIBLE.values())
+    }
     if environment:
         lines.append("environment:")
         for name, value in environment.items():

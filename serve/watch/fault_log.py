@@ -1,4 +1,8 @@
-"""What an engine's log tells of sick devices, acted on as it is written."""
+"""What an engine's log tells of sick devices, acted on when the engine has failed.
+
+Never before: libraries in C++ write to the same log past every formatter, and some repeat what a client sent (xgrammar
+does so with a schema's `$ref`). A fault that is real ends the engine; one that was only written ends nothing.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +23,7 @@ CONTEXT_LINES = 200
 
 
 class FaultLog:
-    """The device faults that an engine's log tells of, each acted on and told once."""
+    """The device faults that the end of a failed engine's log tells of, each acted on and told once."""
 
     def __init__(self, server: Server, command: EngineCommand, events: EventLog) -> None:
         self._server = server
@@ -29,10 +33,13 @@ class FaultLog:
         self._lines: list[str] = []
         self._known: dict[tuple[str, tuple[int, ...]], Fault] = {}
 
-    def check(self) -> None:
-        """Look at what is new. Raises `FinalError` for a fault after which the engine must not go on."""
-        if not self._news():
-            return
+    def follow(self) -> None:
+        """Read what is new; only the last lines are kept."""
+        self._news()
+
+    def _check(self) -> None:
+        """Look at the last lines. Raises `FinalError` for a fault after which no engine must be started."""
+        self._news()
         if any(fault.action != "ignore" for fault in self._unknown()):
             time.sleep(SETTLE_SECONDS)
             self._news()
@@ -43,7 +50,7 @@ class FaultLog:
     def explain(self, failure: EngineError) -> EngineError:
         """Return the failure with the device fault behind it: what was logged last says more than that all is over."""
         try:
-            self.check()
+            self._check()
         except FinalError as final:
             return final
         causes = [fault.name for fault in self._known.values() if fault.action == "restart"]

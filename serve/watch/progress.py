@@ -58,6 +58,8 @@ class Tail:
     def lines(self) -> list[str]:
         """Return the lines that are new since the last call."""
         with self._log.open("rb") as stream:
+            if stream.seek(0, 2) < self._read:  # somebody has cut it off, as logrotate's copytruncate does
+                self._read = 0
             stream.seek(self._read)
             new = stream.read()
         complete = new[: new.rfind(b"\n") + 1]

@@ -192,7 +192,7 @@ class _Supervisor:
             heartbeat = Heartbeat(self._server, self._settings.engine, self._settings.hang)
         try:
             while (code := engine.poll()) is None:
-                log.check()
+                log.follow()
                 self._look_at_nodes()
                 if part := engine.lost_part():
                     self._retract()
