@@ -82,8 +82,10 @@ def check_machine(settings: LaunchSettings, device: str) -> None:
             continue
         if finding.level == "error":
             raise UserError(f"{finding} (`python -m serve doctor` looks at everything)")
-        if finding.level == "warning":
-            print(f"warning: {finding}", file=sys.stderr)
+        if finding.level == "warning" or (
+            finding.level == "unknown" and finding.check in ("npu_smi", "nvidia_smi", "health")
+        ):
+            print(f"{finding.level}: {finding}", file=sys.stderr)
 
 
 def _meet(settings: LaunchSettings, resolved: Resolved, model: Path) -> NodeLink:

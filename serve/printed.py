@@ -30,4 +30,4 @@ def config_text(settings: LaunchSettings, resolved: Resolved) -> str:
     for name, value in vars(settings).items():
         if name not in NOT_THERE and value != getattr(default, name):
             own[name.replace("_", "-")] = value if isinstance(value, (bool, int, float)) else str(value)
-    return config_file(plan, own)
+    return config_file(plan, own, given)

@@ -5,6 +5,7 @@ settings ─► device ─► its cards ─► plan ─► this node's part ─�
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
@@ -60,6 +61,12 @@ def resolve(settings: LaunchSettings, checkpoint: Checkpoint | None) -> Resolved
     notes = [*plan.warnings, note]
     if settings.max_model_len is not None and settings.max_model_len > model.context:
         notes.append(f"config.json reaches {model.context} tokens: YaRN is switched on for {settings.max_model_len}")
+    rope = flags.get("hf-overrides") or {}
+    if rope.keys() - (given.get("hf-overrides") or rope).keys():
+        raise UserError(
+            "--hf-overrides would take the place of the plan's, and positions would silently be wrong: put this into "
+            f"it, too: {json.dumps(rope)}"
+        )
     planned = {flag: value for flag, value in flags.items() if flag not in given}
     # torch's own place for compiled code is below /tmp: often noexec, and open to whoever was there first.
     environment = {"TORCHINDUCTOR_CACHE_DIR": str(demo_directory().parent / "inductor")}
@@ -69,6 +76,8 @@ def resolve(settings: LaunchSettings, checkpoint: Checkpoint | None) -> Resolved
     command = engine_command(settings, directory, name, planned, environment, node.headless)
     together = {**planned, **given}
     check_combination(together, device, cards.total, model.shape, cards.nodes, command.full_environment())
+    if checkpoint is None and device != "cpu":
+        notes.append("no --model: this is for the demo with random weights, not for AntAngelMed")
     meant = (settings.profile or "").rpartition("-")[2]
     if meant in PRECISIONS and meant != plan.precision:
         notes.append(f"--profile {settings.profile} was computed for weights in {meant}, these are in {plan.precision}")

@@ -27,7 +27,7 @@ from serve.plan import main
 from serve.planning import Cards, Plan, Wanted, cards, found_cards, make_plan, open_model, parse_cards
 from serve.planning.memory import Division, Load, card_memory, weights
 from serve.planning.model import PlannedModel, model_of
-from serve.planning.page import config_file, page
+from serve.planning.page import DERIVED, config_file, page
 from tests.machines import machine
 from tests.quantised import quantised_checkpoint
 
@@ -86,7 +86,7 @@ def test_a_profile_plans_itself_again(name: str) -> None:
 def test_a_file_holds_every_setting() -> None:
     wanted = Wanted(max_num_seqs=256, speculative="ngram", kv_cache_dtype="fp8", tensor_parallel_size=4)
     plan = make_plan(FLASH, parse_cards("8xH20"), wanted)
-    content = yaml.safe_load(config_file(plan))
+    content = yaml.safe_load(config_file(plan, given=DERIVED))
     in_file = {**content, **content.pop("engine-flags")}
     in_file["enable-expert-parallel"] = in_file.pop("expert-parallel")
     assert in_file.items() >= plan.settings.items()

@@ -57,6 +57,7 @@ def command(demo: Path, *arguments: str) -> list[str]:
         "--device npu --cards 8x910B3-64G --drain 30",
         "--device npu --cards 8x910B3 --tensor-parallel-size 4 --expert-parallel --speculative ngram",
         '--device npu --cards 2x910B4 -- --additional-config {"weight_nz_mode":2} --hf-overrides {"x":1}',
+        "--device npu --cards 2x910B4 --max-model-len 8192",
         "--device cuda --cards 4xH20-96G --kv-cache-dtype fp8",
         "--device cuda --cards 1xH200 --engine sglang",
     ],
@@ -94,6 +95,27 @@ def test_a_profile_starts_for_its_cards(tmp_path: Path, name: str) -> None:
     assert words.count("--max-model-len") == 1
     for flag in {word for word in words if word.startswith("--")}:
         assert words.count(flag) == 1, flag
+
+
+def test_the_users_overrides_cannot_drop_the_plans_positions(demo: Path) -> None:
+    """vLLM-Ascend would rotate them otherwise than the model, without a word."""
+    words = ["--device", "npu", "--cards", "2x910B4", "--max-model-len", "8192", "--", "--hf-overrides"]
+    settings = parse([*DRY, "--model", str(demo), *words, '{"num_experts_per_tok": 2}'])
+    said = user_error(resolve, settings, open_checkpoint(demo))
+    assert "positions would silently be wrong: put this into it, too: {" in said
+    assert '"truncate": true' in said
+    whole = said.partition("too: ")[2]
+    assert whole in command(demo, *words, whole)
+
+
+def test_a_profile_forces_no_positions_on_a_model(tmp_path: Path) -> None:
+    write_demo(tmp_path / "wide", num_attention_heads=8, num_key_value_heads=4)
+    words = command(tmp_path / "wide", "--profile", "910b-8x64g-bf16", "--max-model-len", "4096")
+    assert "--hf-overrides" not in words
+    more = command(
+        tmp_path / "wide", "--profile", "910b-8x64g-bf16", "--max-model-len", "4096", "--max-num-seqs", "256"
+    )
+    assert "256]}" in more[more.index("--compilation-config") + 1]
 
 
 def test_a_profile_for_other_weights_is_told(demo: Path) -> None:

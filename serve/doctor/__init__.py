@@ -37,7 +37,7 @@ def findings(
 ) -> list[Finding]:
     """Return what is found for a launch on ``device`` ("npu", "cuda", "cpu").
 
-    quick: for the launcher. The model is taken as checked, tools of vendors have one second together, and nothing is
+    quick: for the launcher. The model is taken as checked, tools of vendors have eight seconds together, and nothing is
     imported or asked that may take longer. machine: another host than this one, for tests.
     """
     asked = Asked(device, model, port, host, nodes, network_interface)

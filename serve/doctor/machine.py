@@ -14,7 +14,7 @@ from pathlib import Path
 from ascend.devices import Host
 
 TOOL_SECONDS = 10.0
-QUICK_SECONDS = 1.0  # for all tools together, where the launcher asks
+QUICK_SECONDS = 8.0  # for all tools together, where the launcher asks
 LARGEST_OUTPUT = 1 << 20
 # Where drivers put their tools when PATH of a service or a container does not say so.
 TOOL_FOLDERS = ("/usr/local/bin", "/usr/local/sbin", "/usr/bin", "/usr/sbin", "/sbin", "/usr/local/Ascend/driver/tools")

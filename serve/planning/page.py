@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import textwrap
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 from ascend.devices.facts import GiB
@@ -29,6 +29,8 @@ LAUNCHERS = (
     "block-size",
     "kv-cache-dtype",
 )
+# What a plan derives from the model and the rest at every start: written down, it would be wrong for another model.
+DERIVED = ("hf-overrides", "compilation-config", "additional-config", "speculative-config")
 NOT_RUN = "Computed by `python -m serve plan`, and not yet run on such a machine."
 
 
@@ -66,10 +68,11 @@ def _lines(plan: Plan) -> Iterator[str]:
         yield from textwrap.wrap(f"NOTE  {warning}", WIDTH, subsequent_indent="      ")
 
 
-def config_file(plan: Plan, own: Mapping[str, Any] | None = None) -> str:
+def config_file(plan: Plan, own: Mapping[str, Any] | None = None, given: Collection[str] = ()) -> str:
     """Return the plan as YAML for ``serve/launch.sh --config``, the reason of each value above it.
 
     own: what the launcher was asked for besides, by its flags without dashes; what the plan has it says itself.
+    given: engine flags that the user gave; of `DERIVED` no others are written.
     """
     lines = [f"# {plan.model} in {plan.precision} on {plan.cards}, {plan.division}. {NOT_RUN}"]
     reasons = {(one.name, _value(one.value)): one for one in plan.choices}
@@ -93,7 +96,9 @@ def config_file(plan: Plan, own: Mapping[str, Any] | None = None) -> str:
             lines.append(f"speculative: {value['method']}")
         if name in LAUNCHERS:
             put(name, value, "", LAUNCHER_NAMES.get(name))
-    engine_only = {name: value for name, value in plan.settings.items() if name not in LAUNCHERS}
+    engine_only = {
+        name: value for name, value in plan.settings.items() if name not in (*LAUNCHERS, *DERIVED) or name in given
+    }
     if engine_only:
         lines.append("engine-flags:")
         for name, value in engine_only.items():
