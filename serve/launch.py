@@ -55,6 +55,8 @@ def launch(settings: LaunchSettings, checkpoint: Checkpoint | None, started_at: 
     resolved = resolved_with_notes(settings, checkpoint)
     check_machine(settings, resolved.device)
     check_engine(settings.engine, resolved.device)
+    if settings.ready_file:  # of a launcher that was killed
+        settings.ready_file.unlink(missing_ok=True)
     model = settings.model or demo_directory()
     log = state_directory() / f"engine-{settings.port}.log"
     chat = settings.model is None or has_chat_template(model) or "--chat-template" in settings.engine_flags

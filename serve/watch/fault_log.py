@@ -19,7 +19,7 @@ from serve.watch.progress import Tail
 from serve.watch.ready import EngineError, FinalError, Server
 
 SETTLE_SECONDS = 1.0  # from the first line of a device fault to the ones that name the card
-CONTEXT_LINES = 200
+CONTEXT_LINES = 2000  # eight workers end in up to 200 lines each
 
 
 class FaultLog:
