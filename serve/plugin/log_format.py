@@ -1,4 +1,6 @@
-"""How the engine's log is written: no client can forge a line of it, and nothing of a request is in it.
+"""How the engine's records are logged: no client can forge a line of them, and nothing of a request is in them.
+
+What libraries in C++ write to standard error goes past it: xgrammar repeats a schema's `$ref`, line breaks included.
 
 `logging.json` beside this file goes to vLLM as `VLLM_LOGGING_CONFIG_PATH` (0.23 and 0.32 read it in every process, and
 give it to uvicorn too), and names `SafeFormatter`. Timestamps, levels and places are vLLM's own.
