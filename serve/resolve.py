@@ -23,6 +23,7 @@ from serve.engine_flags import check_combination, read_flags
 from serve.nodes.node import NodeSettings, check_nodes, node_address, node_settings
 from serve.planning import Cards, Plan, Wanted, found_cards, make_plan, parse_cards
 from serve.planning.model import model_in, model_of
+from serve.planning.traps import TRAPS, graph_notes, graph_problem
 from serve.settings import LaunchSettings
 from serve.watch.isolation import isolated
 
@@ -50,7 +51,7 @@ def resolve(settings: LaunchSettings, checkpoint: Checkpoint | None) -> Resolved
     demo, _ = demo_config("tiny", 1, "bf16", None, {})
     model = model_in(checkpoint.path) if checkpoint else model_of(demo, DEMO_NAME)
     given = read_flags(settings.engine, engine_version(settings, device), device, settings.engine_flags)
-    plan = make_plan(model, cards, _wanted(settings, given), settings.engine)
+    plan = make_plan(model, cards, _wanted(settings, given), settings.engine, launcher=True)
     if settings.engine == "sglang":
         plan = _for_sglang(plan, settings)
     note = check_nodes(settings, device)
@@ -59,6 +60,9 @@ def resolve(settings: LaunchSettings, checkpoint: Checkpoint | None) -> Resolved
     directory = settings.model or demo_directory()
     flags = {"dtype": settings.dtype, **plan.settings, **node.flags}
     notes = [*plan.warnings, note]
+    notes += _own_graphs({**plan.settings, **given}, device, given)
+    if not cards.confirmed:
+        notes.append(f"no vendor's tool answered: that the cards are {cards} is only what --cards says")
     if settings.max_model_len is not None and settings.max_model_len > model.context:
         notes.append(f"config.json reaches {model.context} tokens: YaRN is switched on for {settings.max_model_len}")
     rope = flags.get("hf-overrides") or {}
@@ -82,6 +86,23 @@ def resolve(settings: LaunchSettings, checkpoint: Checkpoint | None) -> Resolved
     if meant in PRECISIONS and meant != plan.precision:
         notes.append(f"--profile {settings.profile} was computed for weights in {meant}, these are in {plan.precision}")
     return Resolved(device, why, cards, plan, node, command, name, tuple(one for one in notes if one))
+
+
+def _own_graphs(settings: Mapping[str, Any], device: str, given: Mapping[str, Any]) -> list[str]:
+    """Judge sizes of graphs that the user gave by the plan's own rules. Raises `UserError` for what would fail."""
+    own = given.get("compilation-config")
+    own = own if isinstance(own, Mapping) else {}
+    sizes = own.get("cudagraph_capture_sizes")
+    if device != "npu" or not sizes:
+        return []
+    if not isinstance(sizes, list) or not all(type(size) is int for size in sizes):
+        raise UserError(f"--compilation-config: cudagraph_capture_sizes {json.dumps(sizes)} is no list of numbers")
+    drafts = (settings.get("speculative-config") or {}).get("num_speculative_tokens", 0)
+    if problem := graph_problem(sizes, drafts, settings["max-num-batched-tokens"]):
+        raise UserError(f"--compilation-config: {problem}: {TRAPS['graphs'].why}")
+    if str(own.get("cudagraph_mode", "")).upper() != "FULL_DECODE_ONLY":
+        return []
+    return [f"--compilation-config: {note}" for note in graph_notes(sizes, drafts, settings["max-num-seqs"])]
 
 
 def engine_version(settings: LaunchSettings, device: str) -> str | None:
@@ -113,9 +134,15 @@ def _cards(settings: LaunchSettings, device: str) -> Cards:
     named = parse_cards(settings.cards, settings.nodes) if settings.cards else None
     if named and settings.dry_run:
         return named
-    found = found_cards(settings.nodes)
+    if named and named.device != device:
+        raise UserError(f"--cards {settings.cards} are not for --device {device}: give one of them")
+    found = found_cards(settings.nodes, named=named)
     broken = isolated()
     here = tuple(card for card in found.indices or () if card not in broken)
+    if found.device != device:
+        raise UserError(
+            f"no whole card for --device {device} is in /dev: `python -m serve doctor` says what is missing"
+        )
     if not here:
         raise UserError(f"all cards here are isolated ({_reasons(broken)}); --forget-isolated once they were replaced")
     if named and named.facts.name != found.facts.name:

@@ -64,7 +64,7 @@ def test_a_card_without_fp8_is_told_what_to_do():
     assert found["910B2"].why == "it has no FP8; convert to w8a8 first"
     assert not found["H20-3e-141G"].why  # it has FP8, at a speed that nobody has said
     channel = fits(FLASH, {}, {"plain", "fp8-channel"}, CONTEXT)
-    assert {fit.card for fit in channel if fit.why} == {"910B1", "910B2", "910B3", "910B4"}
+    assert {fit.card for fit in channel if fit.why} == {name for name in TABLE if name.startswith(("910B", "A"))}
 
 
 def test_what_is_stored_counts_and_not_the_formula():
@@ -132,7 +132,7 @@ def test_the_answer_is_the_fewest_that_fit(heads, experts, width, gigabytes, con
 
 def test_a_table_names_alike_cards_once():
     text = table(list(of_flash("w8a8").values()))
-    assert text.count("910B1/2/3") == 1
+    assert text.count("910B1, 910B2, 910B2C, 910B3, 910B4-1") == 1
     assert "H20-3e-141G, H200-141G" in text
     assert max(map(len, text.splitlines())) <= 100
 

@@ -303,14 +303,35 @@ def test_of_found_cards_the_visible_ones_are_used(tmp_path: Path, monkeypatch: p
     ("told", "message"),
     [
         ("", "that nvidia-smi does not name: say which"),
-        ("NVIDIA H200\nNVIDIA H20\n", "of several kinds (NVIDIA H20, NVIDIA H200)"),
+        ("NVIDIA H200\nNVIDIA H20\n", "of several kinds (H20-96G, H200-141G)"),
         ("NVIDIA T4\n", "NVIDIA T4, are not in the table"),
+        ("NVIDIA H100 PCIe\n", "NVIDIA H100 PCIe, are not in the table"),
     ],
 )
 def test_cards_that_nothing_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, told: str, message: str) -> None:
     with pytest.raises(UserError) as caught:
         found(tmp_path, monkeypatch, ["nvidia0", "nvidia1"], told)
     assert message in str(caught.value)
+
+
+def test_names_in_any_case_are_one_kind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    here = found(tmp_path, monkeypatch, ["nvidia0", "nvidia1"], "NVIDIA H200\nnvidia h200\n")
+    assert str(here) == "2xH200-141G"
+
+
+def test_atlas_a3_and_virtual_npus_are_said_to_be_what_they_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    a3 = (ROOT / "tests" / "recorded" / "npu-smi-26.0.rc2-a3-beginning.txt").read_text()
+    with pytest.raises(UserError, match=r"Atlas A3 \(910C\) is not supported"):
+        found(tmp_path / "a3", monkeypatch, ["davinci0", "davinci1"], a3)
+    with pytest.raises(UserError, match="/dev/vdavinci100 is a virtual NPU, a part of a card"):
+        found(tmp_path / "virtual", monkeypatch, ["davinci_manager", "vdavinci100"], "")
+
+
+def test_a_64_gb_910b4_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    told = (ROOT / "tests" / "recorded" / "npu-smi-25.2.2-910b4-1-serving.txt").read_text()
+    assert str(found(tmp_path, monkeypatch, ["davinci0", "davinci1"], told)) == "2x910B4-1-64G"
 
 
 def test_without_cards_there_is_the_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from typing import Any
 
@@ -14,6 +15,7 @@ from ascend.devices.facts import GiB
 from ascend.errors import UserError
 from convert.demo_config import demo_config
 from serve.planning import Plan, PlannedModel, Wanted, make_plan, open_model, parse_cards
+from serve.planning.environment import variables
 from serve.planning.memory import Load
 from serve.planning.model import model_of
 from serve.planning.planner import _decide
@@ -44,7 +46,7 @@ REFUSED = [  # cards, wishes, what is said, what would do
     ("8x910B3", {"pipeline_parallel_size": 33}, "33", "without --pipeline-parallel-size"),
     ("8x910B3", {"speculative": "mtp"}, "neither MTP nor EAGLE3", "without --speculative"),
     ("8x910B3", {"speculative": "eagle3"}, "neither MTP nor EAGLE3", "without --speculative"),
-    ("8x910B3", {"speculative": "ngram:16"}, "16 tokens of a sequence", "without --speculative"),
+    ("8x910B3", {"speculative": "ngram:16"}, "16 tokens of a sequence", "--speculative ngram:15"),
     ("8x910B3", {"max_num_seqs": 64, "max_num_batched_tokens": 32}, "a token of each", "--max-num-seqs 32"),
     ("8x910B3", {"max_model_len": 131073}, "more than the 131072 tokens", "--max-model-len 131072"),
     ("8x910B3", {"gpu_memory_utilization": 0.99}, "need a rest", "--gpu-memory-utilization 0.92"),
@@ -80,6 +82,9 @@ def test_what_does_not_go_is_one_line_with_what_would(cards: str, wanted: dict, 
         ("8x910B4-64G", "a 910B4 has 32 GiB, not 64"),
         ("0xH20", "write a number and a card"),
         ("16xH20", "one server holds 8 cards; say --nodes 2"),
+        ("32x910B2C", "one server holds 16 cards; say --nodes 2"),
+        ("8x910C", "Atlas A3 (910C) is not supported"),
+        ("8xAscend910_9392", "Atlas A3 (910C) is not supported"),
         ("", "write a number and a card"),
     ],
 )
@@ -100,11 +105,60 @@ def test_cards_that_are_not_known(cards: str, message: str) -> None:
         ("NVIDIA H20", "1xH20-96G"),
         ("1xH200", "1xH200-141G"),
         ("2x910B4-32G", "2x910B4-32G"),
+        ("8x910b4-1", "8x910B4-1-64G"),
+        ("16x910B2C", "16x910B2C-64G"),
+        ("8xa800", "8xA800-80G"),
+        ("8xA100-80GB", "8xA100-80G"),
+        ("8xNvidia A100-40gb", "8xA100-40G"),
+        ("8xh800", "8xH800-80G"),
+        ("4xL20", "4xL20-48G"),
     ],
 )
 def test_cards_as_people_write_them(text: str, name: str) -> None:
     assert str(parse_cards(text)) == name
     assert parse_cards(name) == parse_cards(text)
+
+
+@pytest.mark.parametrize("cards", ["8x910B4-1", "8x910B2C", "8xA800", "8xH800", "8xL20"])
+def test_a_card_nobody_measured_is_planned_by_its_memory(cards: str) -> None:
+    one = plan(cards, precision="w8a8")
+    assert one.limits.full is None
+    assert any("its limits are unknown" in warning for warning in one.warnings)
+
+
+def test_sixteen_cards_in_one_server_send_between_halves() -> None:
+    one = plan("16x910B2C")
+    assert (one.division, one.nodes) == ("TP8 DP2 EP16", 1)
+    assert "sent by MC2" in {choice.name: choice.why for choice in one.choices}["enable-expert-parallel"]
+    assert "HCCL_OP_EXPANSION_MODE" not in one.environment
+    assert "additional-config" not in one.settings
+    assert "never use MC2" in {choice.name: choice.why for choice in plan("8x910B2C").choices}["enable-expert-parallel"]
+
+
+def test_float16_is_obeyed_with_a_warning() -> None:
+    for cards in ("8x910B3", "4xH20"):
+        one = plan(cards, dtype="float16")
+        assert one.settings["dtype"] == "float16"
+        assert any("float16 ends at 65504" in warning for warning in one.warnings)
+        assert not any("float16" in warning for warning in plan(cards).warnings)
+
+
+def test_cuda_cites_nothing_of_vllm_ascend() -> None:
+    more: dict[str, Any] = {"max_num_seqs": 64, "speculative": "ngram", "data_parallel_size": 2, "dtype": "float16"}
+    for wanted in ({}, {**more, "expert_parallel": True}):
+        for choice in plan("4xH20", **wanted).choices:
+            assert not re.search("vllm.ascend", choice.source + choice.why, re.IGNORECASE), choice
+            assert "910B" not in choice.why, choice
+
+
+@pytest.mark.parametrize("text", ["ngram:0", "ngram:x", "off:3", "mtp:1"])
+def test_drafts_are_of_ngram_and_one_or_more(text: str) -> None:
+    with pytest.raises(UserError, match="write ngram or ngram:3"):
+        plan("8x910B3", speculative=text)
+
+
+def test_more_drafts_than_a_step_has_graphs_for_are_one_sequence() -> None:
+    assert plan("8xH20", speculative="ngram:600").settings["max-num-seqs"] == 1
 
 
 def test_yarn_is_told_again_on_an_npu_with_truncate_and_theta() -> None:
@@ -152,7 +206,7 @@ def test_what_a_config_says_of_yarn_is_kept() -> None:
 def test_eight_910b_gather_and_sixteen_send() -> None:
     one, two = plan("8x910B3"), plan("16x910B3", nodes=2)
     why = {choice.name: choice.why for choice in one.choices}["enable-expert-parallel"]
-    assert "never uses MC2" in why
+    assert "never use MC2" in why
     assert one.settings["enable-expert-parallel"] is False
     assert (two.division, two.settings["enable-expert-parallel"]) == ("TP8 DP2 EP16", True)
     assert "16 whole experts a card" in {choice.name: choice.why for choice in two.choices}["enable-expert-parallel"]
@@ -237,6 +291,12 @@ def test_the_environment_of_an_npu() -> None:
     )
     for name in ("HCCL_CONNECT_TIMEOUT", "HCCL_EXEC_TIMEOUT"):
         assert 120 <= int(environment[name]) <= 300
+    several = plan("16x910B3", nodes=2).environment
+    for name in ("HCCL_CONNECT_TIMEOUT", "HCCL_EXEC_TIMEOUT"):  # one server waits while another still loads
+        assert several[name] == several["VLLM_ENGINE_READY_TIMEOUT_S"] == "1680"
+    slow = replace(_decide(FLASH, parse_cards("16x910B3", 2), Wanted(nodes=2))[0], environment={})
+    values = {one.name: one.value for one in variables(slow, 1e13)}
+    assert (values["HCCL_CONNECT_TIMEOUT"], int(values["HCCL_EXEC_TIMEOUT"]) > 7200) == ("7200", True)
     assert int(environment["VLLM_ENGINE_READY_TIMEOUT_S"]) >= 600 + 206e9 / 0.2e9
     assert not any(name.startswith(("HCCL", "ASCEND")) for name in plan("4xH20").environment)
 
@@ -266,6 +326,7 @@ def test_the_side_channel_of_prefix_caching_is_said() -> None:
         ("8x910B3", {}, {"environment": {"HCCL_EXEC_TIMEOUT": "1836"}}, "hccl-timeouts"),
         ("16x910B3", {"nodes": 2}, {"environment": {"HCCL_BUFFSIZE": "100"}}, "mc2"),
         ("8x910B3", {}, {"settings": {"additional-config": {"enable_flashcomm1": True}}}, "flashcomm1"),
+        ("16x910B3", {"nodes": 2}, {"environment": {"HCCL_CONNECT_TIMEOUT": "300"}}, "hccl-timeouts"),
         ("8x910B3", {}, {"load": Load(4096, 64, 8192, 128, graphs=tuple(range(1, 65)))}, "graphs"),
         ("8x910B3", {}, {"load": Load(4096, 64, 8192, 128, drafts=1, graphs=(2, 3))}, "graphs"),
     ],

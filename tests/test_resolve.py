@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shlex
 from pathlib import Path
 
@@ -155,6 +156,68 @@ def test_cards_that_are_named_must_be_here(server: Path) -> None:
     assert _cards(parse(["--cards", "4x910B3"]), "npu").indices == (0, 1, 2, 3)
     assert "the cards here are 8x910B3-64G" in user_error(_cards, parse(["--cards", "8x910B4"]), "npu")
     assert "are not for --device cpu" in user_error(_cards, parse(["--cards", "8x910B4"]), "cpu")
+
+
+@pytest.mark.parametrize("tool", ["missing", "silent", "failing"])
+def test_named_cards_are_believed_where_no_tool_answers(
+    server: Path, demo: Path, monkeypatch: pytest.MonkeyPatch, tool: str
+) -> None:
+    (server / "npu-smi").unlink()
+    if tool != "missing":
+        (server / "npu-smi").write_text(f"#!/bin/sh\nexit {1 if tool == 'failing' else 0}\n")
+        (server / "npu-smi").chmod(0o755)
+    isolation.isolate((2,), "UCE ERROR", "npu", {})
+    monkeypatch.setattr("serve.resolve._device", lambda settings: ("npu", "as asked for"))
+    cards = _cards(parse(["--cards", "4x910B3"]), "npu")
+    assert (str(cards), cards.indices) == ("4x910B3-64G", (0, 1, 3, 4))
+    resolved = resolve(parse(["--model", str(demo), "--cards", "4x910B3"]), open_checkpoint(demo))
+    assert "no vendor's tool answered: that the cards are 4x910B3-64G is only what --cards says" in resolved.notes
+    assert "7 are to be had here" in user_error(_cards, parse(["--cards", "8x910B3"]), "npu")
+    assert "that npu-smi does not name: say which" in user_error(_cards, parse(["--device", "npu"]), "npu")
+
+
+def test_named_cards_that_are_not_in_dev_are_not_called_isolated(server: Path, tmp_path: Path) -> None:
+    for node in (server / "dev").iterdir():
+        node.unlink()
+    said = user_error(_cards, parse(["--cards", "8x910B3"]), "npu")
+    assert "no whole card for --device npu is in /dev" in said
+    (server / "dev" / "vdavinci100").touch()
+    for words in (["--cards", "8x910B3"], ["--device", "npu"]):
+        assert "is a virtual NPU" in user_error(_cards, parse(words), "npu")
+    assert "are not for --device npu" in user_error(_cards, parse(["--cards", "8xH20"]), "npu")
+
+
+OWN_GRAPHS = [  # sizes, what is said, whether it is refused
+    ([1, 2, 4, 8], None, False),
+    ([1, 2, 4], "steps of more than 4 tokens run without a graph", False),
+    ([1, 8, 16, 32], "graphs of [16, 32] tokens are never used", False),
+    (list(range(1, 41)), "40 graph sizes, 32 at most", True),
+    ([8, 4], "rising", True),
+    ([8, 8192], "tokens at most", True),
+    (["8"], "no list of numbers", True),
+]
+
+
+@pytest.mark.parametrize(("sizes", "said", "refused"), OWN_GRAPHS, ids=lambda value: str(value)[:20])
+def test_the_users_own_graphs_are_judged(demo: Path, sizes: list, said: str | None, refused: bool) -> None:
+    own = json.dumps({"cudagraph_mode": "FULL_DECODE_ONLY", "cudagraph_capture_sizes": sizes})
+    words = ["--device", "npu", "--cards", "8x910B3", "--max-num-seqs", "8", "--", "--compilation-config", own]
+    settings, checkpoint = parse([*DRY, "--model", str(demo), *words]), open_checkpoint(demo)
+    if refused:
+        assert said is not None
+        assert said in user_error(resolve, settings, checkpoint)
+        return
+    notes = [note for note in resolve(settings, checkpoint).notes if note.startswith("--compilation-config")]
+    assert len(notes) == (said is not None)
+    assert all(said in note for note in notes if said)
+
+
+def test_the_users_own_drafts_decide_which_graphs_go(demo: Path) -> None:
+    own = json.dumps({"cudagraph_mode": "FULL_DECODE_ONLY", "cudagraph_capture_sizes": [4, 8]})
+    drafts = json.dumps({"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 4})
+    words = ["--device", "npu", "--cards", "8x910B3", "--", "--compilation-config", own, "--speculative-config", drafts]
+    settings = parse([*DRY, "--model", str(demo), *words])
+    assert "with 2 drafts" in user_error(resolve, settings, open_checkpoint(demo))
 
 
 def test_an_isolated_card_is_not_used(server: Path, monkeypatch: pytest.MonkeyPatch) -> None:

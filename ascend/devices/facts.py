@@ -35,6 +35,7 @@ class DeviceFacts:
     bandwidth: bytes per second between memory and cores.
     peak: dense peak by dtype (bf16, fp16, fp8, int8). A dtype the card does not compute in has no entry.
     driver_names: what drivers call this card, beside its own name.
+    per_server: cards that one server holds at most. linked: of these, how many are all linked with one another.
     """
 
     name: str
@@ -42,6 +43,8 @@ class DeviceFacts:
     bandwidth: Figure
     peak: Mapping[str, Figure] = field(default_factory=dict, hash=False)
     driver_names: tuple[str, ...] = ()
+    per_server: int = 8  # Atlas 800 A2, HGX; a chassis of PCIe cards takes as many
+    linked: int = 8
 
 
 def _memory(value: float | None, source: str) -> Figure:
@@ -67,8 +70,10 @@ def _cube(soc: str, cores: int, clock_hz: float, sold_as: str) -> dict[str, Figu
 
 
 _NO_HBM_SHEET = "no official sheet found"
+_BOX16 = 16  # Atlas 200T A2 Box16; that only halves of eight are linked is assumed, no page found says otherwise
 _INI_64 = "CANN platform_config, memory_size 64 GiB; the runtime hands out about 61 GiB of it"
 _HOPPER_PEAK = "NVIDIA {0} product page (its figures with sparsity, halved)"
+_A100_PEAK = "NVIDIA A100 datasheet, dense; no FP8 before Hopper and Ada"
 _H20_PEAK = "no NVIDIA sheet found; 148/296 in the LMSYS and Ant Group post of 2025-09-26 (H20-96G against H800-80G)"
 
 UNKNOWN = "not in the table"
@@ -91,6 +96,14 @@ _TABLE = (
         ("Ascend910B2",),
     ),
     DeviceFacts(
+        "910B2C",
+        _memory(64 * GiB, "npu-smi total, 65536 MB, in public listings of servers with 16 of them"),
+        _bandwidth(None, f"{_NO_HBM_SHEET}; 1.6 TB/s is only said of the 910B2"),
+        _cube("Ascend910B2C", 24, 1.8e9, "no figure of its own"),
+        ("Ascend910B2C",),
+        per_server=_BOX16,
+    ),
+    DeviceFacts(
         "910B3",
         _memory(64 * GiB, _INI_64),
         _bandwidth(1.6 * T, f"{_NO_HBM_SHEET}; nominal 1.6 TB/s in Huawei's msmodeling and SGLang's NPU benchmark"),
@@ -103,6 +116,41 @@ _TABLE = (
         _bandwidth(0.8 * T, f"{_NO_HBM_SHEET}; 800 GB/s in arXiv 2505.15112 and in Huawei's msmodeling"),
         _cube("Ascend910B4", 20, 1.5e9, "sold as 280 TFLOP/s"),
         ("Ascend910B4",),
+    ),
+    DeviceFacts(
+        "910B4-1",
+        _memory(64 * GiB, "npu-smi 25.2.2 total, 65536 MB (vllm-ascend issue 7447); the ini file says 32 GiB"),
+        _bandwidth(None, f"{_NO_HBM_SHEET}; not the 0.8 TB/s of the 910B4, a user's copy ran at about 1.5 TB/s"),
+        _cube("Ascend910B4-1", 20, 1.5e9, "sold as 280 TFLOP/s"),
+        ("Ascend910B4-1",),
+    ),
+    DeviceFacts(
+        "A100-40G",
+        _memory(40960 * MiB, "nvidia-smi total, 40960 MiB; sold as 40 GB"),
+        _bandwidth(1.555 * T, "NVIDIA A100 datasheet, 40 GB, SXM and PCIe"),
+        _peaks(_A100_PEAK, bf16=312 * T, fp16=312 * T, int8=624 * T),
+        ("NVIDIA A100-SXM4-40GB", "NVIDIA A100-PCIE-40GB"),
+    ),
+    DeviceFacts(
+        "A100-80G",
+        _memory(81920 * MiB, "nvidia-smi total, 81920 MiB; sold as 80 GB"),
+        _bandwidth(1.935 * T, "NVIDIA A100 datasheet, 80 GB PCIe; SXM has 2.039 TB/s"),
+        _peaks(_A100_PEAK, bf16=312 * T, fp16=312 * T, int8=624 * T),
+        ("NVIDIA A100-SXM4-80GB", "NVIDIA A100 80GB PCIe"),
+    ),
+    DeviceFacts(
+        "A800-80G",
+        _memory(81920 * MiB, "nvidia-smi total, 81920 MiB; sold as 80 GB"),
+        _bandwidth(None, "no NVIDIA sheet found; taken for an A100 with slower NVLink, which nobody measured here"),
+        _peaks("no NVIDIA sheet found; no FP8 on this generation", bf16=None, fp16=None, int8=None),
+        ("NVIDIA A800-SXM4-80GB", "NVIDIA A800 80GB PCIe"),
+    ),
+    DeviceFacts(
+        "L20-48G",
+        _memory(46068 * MiB, "nvidia-smi total, 46068 MiB; sold as 48 GB"),
+        _bandwidth(None, "no NVIDIA sheet found"),
+        _peaks("no NVIDIA sheet found; Ada computes in FP8", bf16=None, fp16=None, fp8=None, int8=None),
+        ("NVIDIA L20",),
     ),
     DeviceFacts(
         "H20-96G",
@@ -132,6 +180,13 @@ _TABLE = (
         ("NVIDIA H100 80GB HBM3",),
     ),
     DeviceFacts(
+        "H800-80G",
+        _memory(81559 * MiB, "that of the H100 of 80 GB, which it is with slower NVLink; sold as 80 GB"),
+        _bandwidth(None, "no NVIDIA sheet found"),
+        _peaks("no NVIDIA sheet found; Hopper computes in FP8", bf16=None, fp16=None, fp8=None, int8=None),
+        ("NVIDIA H800",),
+    ),
+    DeviceFacts(
         "H200-141G",
         _memory(143771 * MiB, "nvidia-smi total, 143771 MiB; sold as 141 GB"),
         _bandwidth(4.8 * T, "NVIDIA H200 product page, SXM"),
@@ -153,7 +208,7 @@ _BY_NAME = {name.casefold(): row for row in _TABLE for name in (row.name, *row.d
 def lookup(name: str) -> DeviceFacts:
     """Return the facts of the card a driver calls ``name``; a card not in the table gets a row of unknowns.
 
-    Only whole names match: an "NVIDIA H100 PCIe", an "NVIDIA H200 NVL" or an "Ascend910B4-1" is another card with
+    Only whole names match: an "NVIDIA H100 PCIe", an "NVIDIA H200 NVL" or an "Ascend910_9392" is another card with
     other figures, and a MIG slice is a part of one.
     """
     row = _BY_NAME.get(" ".join(name.split()).casefold())

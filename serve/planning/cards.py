@@ -7,19 +7,30 @@ from __future__ import annotations
 
 import re
 import subprocess
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ascend.devices.base import TOOL_SECONDS, Host
 from ascend.devices.cpu import CpuDevice
 from ascend.devices.facts import TABLE, DeviceFacts, GiB, lookup
 from ascend.errors import UserError, suggest
 
-PER_SERVER = 8  # cards in a server of 910B or of H20, H100, H200 (HGX)
 # What a process gets of the memory that is installed. 910B: the runtime hands out about 61 of 64 GiB (see
 # `ascend.devices.facts`). NVIDIA: torch reports 79.1 of an H100's 79.6 GiB and 139.8 of an H200's 140.4.
 NPU_SHARE = 61 / 64
 CUDA_KEPT = 0.6 * GiB
-SHORT = {"H20": "H20-96G", "H20-3E": "H20-3e-141G", "H100": "H100-80G", "H200": "H200-141G", "H20-141G": "H20-3e-141G"}
+SHORT = {
+    "H20": "H20-96G",
+    "H20-3E": "H20-3e-141G",
+    "H20-141G": "H20-3e-141G",
+    "H100": "H100-80G",
+    "H200": "H200-141G",
+    "H800": "H800-80G",
+    "A800": "A800-80G",
+    "L20": "L20-48G",
+}
+# Names that npu-smi and people give to Atlas A3: two dies a card, other operators, other images.
+A3 = re.compile(r"(?:Ascend)?910(?:C|_?93\w*)?", re.IGNORECASE)
+NOT_A3 = "Atlas A3 (910C) is not supported: plans, versions and limits here are those of the 910B (Atlas A2)"
 VISIBLE = {"npu": "ASCEND_RT_VISIBLE_DEVICES", "cuda": "CUDA_VISIBLE_DEVICES"}
 
 
@@ -28,7 +39,8 @@ class Cards:
     """Cards of one kind in one server or several.
 
     device: "npu", "cuda" or "cpu". count: in each of ``nodes`` servers. indices: of those that may be used, None where
-    they were only named. memory: bytes of one, as installed (of a CPU: what this process may use).
+    they were only named. memory: bytes of one, as installed (of a CPU: what this process may use). confirmed: False
+    where cards are here, but no tool said that they are what they were named.
     """
 
     device: str
@@ -37,11 +49,17 @@ class Cards:
     memory: float
     nodes: int = 1
     indices: tuple[int, ...] | None = None
+    confirmed: bool = True
 
     @property
     def total(self) -> int:
         """Cards in all servers together."""
         return self.count * self.nodes
+
+    @property
+    def all_linked(self) -> bool:
+        """Whether each is linked with each: one server, and one group of cards in it."""
+        return self.nodes == 1 and self.count <= self.facts.linked
 
     @property
     def usable(self) -> float:
@@ -69,33 +87,45 @@ def parse_cards(text: str, nodes: int = 1) -> Cards:
         raise UserError(f"--cards {text}: {total} cards do not divide into {nodes} servers; count those of all")
     facts = _named(match[2])
     memory = facts.memory.value or 0.0
-    if total // nodes > PER_SERVER:
-        servers = -(-total // PER_SERVER)
-        raise UserError(f"--cards {text}: one server holds {PER_SERVER} cards; say --nodes {servers} for {servers}")
+    if total // nodes > (most := facts.per_server):
+        servers = -(-total // most)
+        raise UserError(f"--cards {text}: one server holds {most} cards; say --nodes {servers} for {servers}")
     return Cards(_device(facts), facts, total // nodes, memory, nodes)
 
 
-def found_cards(nodes: int = 1, host: Host | None = None) -> Cards:
+def found_cards(nodes: int = 1, host: Host | None = None, named: Cards | None = None) -> Cards:
     """Return this machine's NPUs, else its CUDA cards, else its CPU; other servers are taken to have the same.
 
-    Raises `UserError` where there are cards, but nothing tells which.
+    named: what the user says they are: only cards of that device are looked for, and it is believed where the vendor's
+    tool is missing, slow or silent. Raises `UserError` where there are cards, but nothing tells which.
     """
     host = host or Host()
     for device, pattern, tool in (
         ("npu", r"davinci\d+", ("npu-smi", "info")),
         ("cuda", r"nvidia\d+", ("nvidia-smi", "--query-gpu=name", "--format=csv,noheader")),
     ):
+        if named and named.device != device:
+            continue
         present = len(host.nodes(pattern))
         if not present:
+            if device == "npu" and (virtual := host.nodes(r"vdavinci\d+")):
+                raise UserError(
+                    f"/dev/{virtual[0]} is a virtual NPU, a part of a card: nothing is known of its memory; "
+                    "pass whole cards (/dev/davinci0, …) to this machine or container"
+                )
             continue
+        indices = _visible(host.environ.get(VISIBLE[device]), device, present)
         names = _names(device, _output(tool))
+        if named and not names:
+            return replace(named, count=len(indices), nodes=nodes, indices=indices, confirmed=False)
         if len(names) != 1:
             what = f"of several kinds ({', '.join(sorted(names))})" if names else f"that {tool[0]} does not name"
             raise UserError(f"{present} {device} cards are here, {what}: say which, such as --cards 8x910B3-64G")
         facts = lookup(names.pop())
         if facts.memory.value is None:
-            raise UserError(f"the cards here, {facts.name}, are not in the table; there is {', '.join(TABLE)}")
-        indices = _visible(host.environ.get(VISIBLE[device]), device, present)
+            if device == "npu" and A3.fullmatch(facts.name):
+                raise UserError(f"the cards here are called {facts.name}: {NOT_A3}")
+            raise UserError(f"the cards here, {facts.name}, are not in the table; there is {_known()}")
         return Cards(device, facts, len(indices), facts.memory.value, nodes, indices)
     return _cpu(None)
 
@@ -122,7 +152,8 @@ def _cpu(memory: float | None) -> Cards:
 
 def _named(text: str) -> DeviceFacts:
     """The card of a name as the table, the drivers or people write it; a size after it must be the card's."""
-    name = SHORT.get(text.upper().removeprefix("NVIDIA ").strip(), text)
+    plain = re.sub(r"(\d+)GB$", r"\1G", text.upper().removeprefix("NVIDIA ").strip())
+    name = SHORT.get(plain, plain if plain in TABLE else text)
     facts = lookup(name)
     size = re.fullmatch(r"(.+?)-(\d+)GB?", name, re.IGNORECASE)
     if facts.name not in TABLE and size:
@@ -131,12 +162,16 @@ def _named(text: str) -> DeviceFacts:
         if facts.name in TABLE and memory and round(memory / GiB) != int(size[2]):
             raise UserError(f"--cards: a {facts.name} has {memory / GiB:.0f} GiB, not {size[2]}; nothing else is known")
     if facts.name not in TABLE or facts.name == "CPU":
+        if A3.fullmatch(name) and not name.endswith("910"):
+            raise UserError(f"--cards {text}: {NOT_A3}")
         known = [row for row in TABLE if row != "CPU"]
         hint = " (910B1, 910B2, 910B3 or 910B4? npu-smi info tells)" if re.search("910B?$", name.upper()) else ""
-        raise UserError(
-            f"--cards: unknown card '{text}'{hint or suggest(name.upper(), known)}; there is {', '.join(known)}"
-        )
+        raise UserError(f"--cards: unknown card '{text}'{hint or suggest(name.upper(), known)}; there is {_known()}")
     return facts
+
+
+def _known() -> str:
+    return ", ".join(row for row in TABLE if row != "CPU")
 
 
 def _device(facts: DeviceFacts) -> str:
@@ -151,7 +186,9 @@ def _output(command: tuple[str, ...]) -> str:
 
 
 def _names(device: str, text: str) -> set[str]:
-    """The kinds of card that a vendor's tool lists."""
+    """The kinds of card that a vendor's tool lists, as the table calls them where it does, in whatever case."""
     if device == "npu":
-        return set(re.findall(r"\|\s*\d+\s+(?:Ascend)?(910[A-Z0-9-]+)", text))
-    return {line.strip() for line in text.splitlines() if line.strip()}
+        found = re.findall(r"\|\s*\d+\s+(?:Ascend)?(910[\w-]*)", text, re.IGNORECASE)
+    else:
+        found = [line.strip() for line in text.splitlines() if line.strip()]
+    return {lookup(name).name for name in found}

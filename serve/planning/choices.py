@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from ascend.devices.facts import GiB, MiB
-from serve.planning.draft import Draft
+from serve.planning.draft import MC2_LEAST_CARDS, Draft
 from serve.planning.limits import CONTEXT, PLANNED_SHARE, expert_bytes
 from serve.planning.memory import CardMemory, communicators
 from serve.planning.result import Choice
@@ -26,6 +26,7 @@ def choices(draft: Draft, memory: CardMemory, wanted: Wanted, typical: int) -> l
 
 def _reasons(draft: Draft, memory: CardMemory, wanted: Wanted, typical: int) -> dict[str, tuple[str, str]]:
     load, division, shape = draft.load, draft.division, draft.model.shape
+    npu = draft.cards.device == "npu"
     groups = communicators(division, draft.cards.device)
     twice = division.tensor > shape.num_key_value_heads
     tensor = f"{memory.weights / GiB:.1f} GiB of weights a card; within one server"
@@ -36,14 +37,15 @@ def _reasons(draft: Draft, memory: CardMemory, wanted: Wanted, typical: int) -> 
         tensor += TRAPS["kv-twice"].why.split(", so ")[1]
     full, short = memory.kv_tokens // load.max_model_len, memory.kv_tokens // min(typical, load.max_model_len)
     reasons = {
-        "tensor-parallel-size": (tensor, TRAPS["kv-twice"].source if twice else TRAPS["tensor-in-server"].source),
+        "tensor-parallel-size": (tensor, TRAPS["kv-twice"].source if twice else ARITHMETIC),
         "data-parallel-size": (
-            "groups of cards with sequences of their own, so that only the experts' exchange leaves a server",
-            TRAPS["tensor-in-server"].source,
+            "groups of cards with sequences of their own, so that only the experts' exchange leaves a "
+            + ("server" if draft.cards.nodes > 1 else "group"),
+            ARITHMETIC,
         ),
         "pipeline-parallel-size": (f"as asked; {division.layers(shape)} layers in a stage", ARITHMETIC),
         "enable-expert-parallel": _expert_parallel(draft, wanted),
-        "dtype": (TRAPS["float32"].why.replace("; use bfloat16", ""), TRAPS["float32"].source),
+        "dtype": _dtype(draft),
         "max-model-len": _context(draft, wanted),
         "max-num-seqs": (
             f"a group's cache holds {memory.kv_tokens:,} tokens: {full} sequences of full length, {short} of "
@@ -53,16 +55,17 @@ def _reasons(draft: Draft, memory: CardMemory, wanted: Wanted, typical: int) -> 
         "max-num-batched-tokens": (
             "tokens of a step: vLLM's 2048 keeps prompts waiting; more costs memory beside the cache "
             f"({memory.activations / GiB:.1f} GiB, an estimate) and delays the others' next token",
-            "vllm/engine/arg_utils.py; vllm-ascend issue 8818 runs a sister model with 8192",
+            "vllm/engine/arg_utils.py" + ("; vllm-ascend issue 8818 runs a sister model with 8192" if npu else ""),
         ),
         "gpu-memory-utilization": (
             f"leaves {(draft.cards.usable * (1 - memory.utilisation)) / GiB:.1f} GiB for graphs, which are not in "
             "vLLM's own profile, and for fragments (estimates)",
-            "vllm_ascend/worker/worker.py:469, 590; vLLM's default 0.92 is never passed",
+            ("vllm_ascend/worker/worker.py:469, 590" if npu else "vllm/config/cache.py")
+            + "; vLLM's default 0.92 is never passed",
         ),
         "block-size": (TRAPS["block-128"].why, TRAPS["block-128"].source),
         "kv-cache-dtype": ("as asked: half the bytes of each token", ARITHMETIC),
-        "hf-overrides": (_rope(draft), TRAPS["yarn-npu"].source),
+        "hf-overrides": (_rope(draft), TRAPS["yarn-npu" if npu else "yarn-cuda"].source),
         "compilation-config": (
             f"few graphs, of decode steps alone: {TRAPS['graphs'].why}; {len(load.graphs)} sizes up to "
             f"{max(load.graphs, default=0)} tokens",
@@ -75,13 +78,21 @@ def _reasons(draft: Draft, memory: CardMemory, wanted: Wanted, typical: int) -> 
             TRAPS["speculative"].source,
         ),
     }
-    if groups and draft.cards.device == "npu":
+    if groups and npu:
         why, source = reasons["gpu-memory-utilization"]
         buffers = (
             f"; {len(groups)} communicators ({', '.join(groups)}) take {memory.collectives / MiB:.0f} MiB of buffers"
         )
         reasons["gpu-memory-utilization"] = (why + buffers, source)
     return reasons
+
+
+def _dtype(draft: Draft) -> tuple[str, str]:
+    if draft.dtype != "bfloat16":
+        return "as asked", ""
+    if draft.cards.device == "npu":
+        return TRAPS["float32"].why.replace("; use bfloat16", ""), TRAPS["float32"].source
+    return "what the model was trained in; float32 takes twice the bytes", "config.json"
 
 
 def _promised(wanted: Wanted) -> str:
@@ -95,7 +106,8 @@ def _expert_parallel(draft: Draft, wanted: Wanted) -> tuple[str, str]:
     if draft.uses_mc2:
         blocks = division.tensor * division.data
         return f"{shape.num_experts // blocks} whole experts a card over all servers, sent by MC2", TRAPS["mc2"].source
-    gathered = f"; {TRAPS['allgather'].why}" if draft.cards.device == "npu" and draft.cards.nodes == 1 else ""
+    is_few = draft.cards.device == "npu" and draft.cards.total < MC2_LEAST_CARDS
+    gathered = f"; {TRAPS['allgather'].why}" if is_few and draft.cards.nodes == 1 else ""
     source = TRAPS["allgather"].source if gathered else ARITHMETIC
     if draft.cards.nodes > 1 and division.expert:
         return "whole experts on each card: only their tokens cross the network", source

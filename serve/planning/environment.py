@@ -6,7 +6,7 @@ import math
 from typing import NamedTuple
 
 from serve.planning.draft import Draft
-from serve.planning.traps import TRAPS, mc2_buffer_mib
+from serve.planning.traps import LONGEST_CONNECT, TRAPS, mc2_buffer_mib
 
 SLOWEST_DISK = 0.2e9  # bytes a second that loading is given at least
 START_SECONDS = 600  # for all but reading the weights: imports, graphs, profiling
@@ -32,13 +32,13 @@ def variables(draft: Draft, weight_bytes: float) -> list[Variable]:
             "default is 600",
             "vllm/envs.py",
         ),
-        *(_npu(draft) if draft.cards.device == "npu" else []),
+        *(_npu(draft, seconds) if draft.cards.device == "npu" else []),
     ]
     visible = _visible(draft)
     return [visible, *found] if visible else found
 
 
-def _npu(draft: Draft) -> list[Variable]:
+def _npu(draft: Draft, ready: int) -> list[Variable]:
     guide = "vllm-ascend 0.23.0, docs/source/tutorials/models/Qwen3-235B-A22B.md"
     timeouts = TRAPS["hccl-timeouts"]
     found = [
@@ -58,13 +58,16 @@ def _npu(draft: Draft) -> list[Variable]:
     else:
         buffer, why = 200, "the default, said aloud: every communicator costs twice as much of each card"
     source = TRAPS["mc2"].source if draft.uses_mc2 else "CANN: HCCL_BUFFSIZE, 200 by default"
-    connect = "300" if draft.cards.nodes > 1 else "120"
+    several = draft.cards.nodes > 1
+    connect, execute = (min(ready, LONGEST_CONNECT), ready) if several else (120, 300)
+    waiting = "seconds to wait for the other cards at the start" + (", as long as they may load" if several else "")
+    dead = f"{timeouts.why}; the launcher's --hang sees a dead card sooner" if several else timeouts.why
     found += [
         Variable("HCCL_BUFFSIZE", str(buffer), why, source),
-        Variable("HCCL_CONNECT_TIMEOUT", connect, "seconds to wait for the other cards at the start", timeouts.source),
-        Variable("HCCL_EXEC_TIMEOUT", "300", timeouts.why, timeouts.source),
+        Variable("HCCL_CONNECT_TIMEOUT", str(connect), waiting, timeouts.source),
+        Variable("HCCL_EXEC_TIMEOUT", str(execute), dead, timeouts.source),
     ]
-    if draft.cards.nodes == 1:
+    if draft.cards.all_linked:
         why = "exchanges run on the vector cores, which works within a server"
         found.append(Variable("HCCL_OP_EXPANSION_MODE", "AIV", why, "CANN's HCCL pages; " + guide))
     return found

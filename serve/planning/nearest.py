@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from typing import Any
 
-from serve.planning.cards import PER_SERVER, Cards
+from serve.planning.cards import Cards
 from serve.planning.draft import Draft
 from serve.planning.model import PlannedModel
+from serve.planning.traps import MOST_TOKENS_EACH
 from serve.planning.wanted import Wanted
 
 Try = Callable[[PlannedModel, Cards, Wanted], Draft | None]
@@ -32,12 +34,15 @@ DIVISION = FIXED[:4]
 CONTEXTS = (131072, 65536, 32768, 16384, 8192, 4096, 2048, 1024)
 FEWER = (256, 128, 64, 32, 16, 8, 4, 2, 1)
 OTHERS = {"npu": ("w8a8", "w4a16"), "cuda": ("fp8", "w8a8", "w4a16")}  # fewer bits, the least change first
-COUNTS = (1, 2, 4, 8)
+COUNTS = (1, 2, 4, 8, 16)
 MOST_NAMED = 4
 
 
-def nearest(model: PlannedModel, cards: Cards, wanted: Wanted, would_do: Try) -> str:
-    """Return "what would do: …", or that nothing near does. At most one of each kind of change."""
+def nearest(model: PlannedModel, cards: Cards, wanted: Wanted, would_do: Try, launcher: bool = False) -> str:
+    """Return "what would do: …", or that nothing near does. At most one of each kind of change.
+
+    launcher: in the launcher's flags. It has no ``--precision``, as it serves what is stored: convert, and serve that.
+    """
     found = []
     for kind in (_without, _shorter, _fewer, _precisions, _more_cards):
         for text, changed_cards, changed in kind(model, cards, wanted):
@@ -45,19 +50,31 @@ def nearest(model: PlannedModel, cards: Cards, wanted: Wanted, would_do: Try) ->
                 found.append(_with_value(text, draft))
                 break
     if not found:  # two changes at once: the fewest cards, whatever was fixed
-        free = _free(wanted, FIXED)
-        for text, changed_cards, changed in _together(model, cards, free):
+        for text, changed_cards, changed in _together(model, cards, _free(wanted, FIXED)):
             if would_do(model, changed_cards, changed):
-                found.append(text)
+                given = [name for name in (*FIXED, "max_num_seqs") if getattr(wanted, name) not in (None, "auto")]
+                left_out = " and ".join(f"--{name.replace('_', '-')}" for name in given)
+                found.append(text + (f" without {left_out}" if left_out else ""))
                 break
     if not found:
         return "nothing near it would do: a smaller model or larger cards"
+    if launcher:
+        found = [_for_launcher(text) for text in found]
     return f"what would do: {', or '.join(found[:MOST_NAMED])}"
+
+
+def _for_launcher(text: str) -> str:
+    """The same change for `serve/launch.sh`, which asks for an address where there are several servers."""
+    text = re.sub(r"--precision (\S+)( \(convert it first\))?", r"`python -m convert \1 SRC DST` and --model DST", text)
+    text = re.sub(r"(--speculative ngram):\d+", r"\1", text)
+    return re.sub(r"(--nodes \d+)", r"\1 --node-address ADDRESS", text)
 
 
 def _with_value(text: str, draft: Draft) -> str:
     """Say what the plan takes in place of what was fixed, where it is a value."""
     name = text.removeprefix("without --")
+    if name == "expert-parallel":
+        return "--expert-parallel" if draft.division.expert else "--no-expert-parallel"
     return f"--{name} {draft.settings[name]}" if name != text and name in draft.settings else text
 
 
@@ -68,7 +85,11 @@ def _free(wanted: Wanted, names: Iterable[str]) -> Wanted:
 
 def _without(model: PlannedModel, cards: Cards, wanted: Wanted) -> Iterator[Change]:
     """A value that was fixed is left to the plan."""
-    given = [name for name in FIXED if getattr(wanted, name) is not None]
+    given = [name for name in FIXED if getattr(wanted, name) not in (None, "auto")]
+    drafts = (wanted.speculative or "").removeprefix("ngram:")
+    if drafts.isdecimal() and int(drafts) >= MOST_TOKENS_EACH:
+        fewer = f"ngram:{MOST_TOKENS_EACH - 1}"
+        yield f"--speculative {fewer}", cards, replace(wanted, speculative=fewer)
     for name in given:
         yield f"without --{name.replace('_', '-')}", cards, _free(wanted, [name])
     several = [name for name in given if name in DIVISION]
@@ -97,10 +118,11 @@ def _precisions(model: PlannedModel, cards: Cards, wanted: Wanted) -> Iterator[C
 
 
 def _more_cards(model: PlannedModel, cards: Cards, wanted: Wanted) -> Iterator[Change]:
-    counts = [(count, 1) for count in COUNTS if cards.nodes == 1 and count > cards.count]
-    counts += [(PER_SERVER, 2)] if cards.total < 2 * PER_SERVER else []
+    counts = [(count, 1) for count in COUNTS if cards.nodes == 1 and cards.count < count <= cards.facts.per_server]
+    most = cards.facts.per_server
+    counts += [(most, 2)] if cards.total < 2 * most else []
     for count, nodes in counts:
-        more = replace(cards, count=count, nodes=nodes, indices=None)
+        more = replace(cards, count=count, nodes=nodes, indices=None, confirmed=True)
         yield f"--cards {more}{f' --nodes {nodes}' if nodes > 1 else ''}", more, replace(wanted, nodes=nodes)
 
 
@@ -110,6 +132,7 @@ def _together(model: PlannedModel, cards: Cards, wanted: Wanted) -> Iterator[Cha
         for length in (wanted.max_model_len or model.context, 32768, 8192):
             for text, more, changed in changes:
                 length = min(length, model.longest)
-                words = [f"--precision {name}", f"--max-model-len {length}", text]
+                converted = f"--precision {name}" if name != model.precision else ""
+                words = [converted, f"--max-model-len {length}", text]
                 least = replace(changed, precision=name, max_model_len=length, max_num_seqs=None)
                 yield " ".join(word for word in words if word), more, least

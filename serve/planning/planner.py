@@ -43,8 +43,11 @@ class DoesNotFitError(Exception):
     """The message is why, half a line."""
 
 
-def make_plan(model: PlannedModel, cards: Cards, wanted: Wanted, engine: str = "vllm") -> Plan:
-    """Return the plan. Raises `UserError`, one line: what does not go, and the nearest things that do."""
+def make_plan(model: PlannedModel, cards: Cards, wanted: Wanted, engine: str = "vllm", launcher: bool = False) -> Plan:
+    """Return the plan. Raises `UserError`, one line: what does not go, and the nearest things that do.
+
+    launcher: what would do is said in the launcher's flags, not in those of `serve plan`.
+    """
     if engine == "sglang" and cards.device != "cuda":
         raise UserError(f"--engine sglang is for CUDA alone, the cards are {cards}; use --engine vllm")
     if cards.device == "cpu":
@@ -55,7 +58,7 @@ def make_plan(model: PlannedModel, cards: Cards, wanted: Wanted, engine: str = "
     try:
         return _plan(model, cards, wanted, engine)
     except DoesNotFitError as failure:
-        tries = nearest(model, cards, wanted, _would_do)
+        tries = nearest(model, cards, wanted, _would_do, launcher)
         raise UserError(f"{failure}; {tries}") from None
 
 
@@ -109,8 +112,8 @@ def _first_draft(model: PlannedModel, cards: Cards, wanted: Wanted) -> Draft:
     if kv_dtype not in ("auto", *KV_DTYPES):
         raise UserError(f"--kv-cache-dtype {kv_dtype}: there is auto, {', '.join(KV_DTYPES)}")
     speculative, _, drafts = (wanted.speculative or "off").partition(":")
-    if drafts and not drafts.isdecimal():
-        raise UserError(f"--speculative {wanted.speculative}: write ngram or ngram:3")
+    if drafts and (speculative != "ngram" or not drafts.isdecimal() or int(drafts) < 1):
+        raise UserError(f"--speculative {wanted.speculative}: write ngram or ngram:3, with one draft or more")
     block = wanted.block_size or (128 if cards.device == "npu" else 16)
     load = Load(
         max_model_len=wanted.max_model_len or model.context,
@@ -144,7 +147,8 @@ def _division_problems(draft: Draft) -> list[str]:
 def _divisions(cards: Cards, wanted: Wanted) -> Iterator[Division]:
     """Yield divisions, best first: all cards before some, as much tensor parallelism within a server as there is.
 
-    Several servers: groups of tokens of their own (DP) with whole experts over all cards; a pipeline only if asked for.
+    Several servers, or groups of linked cards in one: groups of tokens of their own (DP) with whole experts over all
+    cards; a pipeline only if asked for.
     """
     fixed = (wanted.tensor_parallel_size, wanted.data_parallel_size, wanted.pipeline_parallel_size)
     pipeline = fixed[2] or 1
@@ -153,11 +157,11 @@ def _divisions(cards: Cards, wanted: Wanted) -> Iterator[Division]:
     else:
         counts = [used * cards.nodes for used in range(cards.count, 0, -1)]
     for count in counts:
-        for tensor in [fixed[0]] if fixed[0] else range(min(cards.count, count), 0, -1):
+        for tensor in [fixed[0]] if fixed[0] else range(min(cards.count, cards.facts.linked, count), 0, -1):
             data = fixed[1] or max(1, count // (tensor * pipeline))
             if tensor * data * pipeline != count and not (fixed[0] and fixed[1]):
                 continue
-            several = cards.nodes > 1
+            several = not cards.all_linked
             for expert in [wanted.expert_parallel] if wanted.expert_parallel is not None else [several, True]:
                 yield Division(tensor, data, pipeline, expert)
     # Where none of these goes, this is refused with the reason.
@@ -188,7 +192,7 @@ def _loaded(draft: Draft, wanted: Wanted) -> tuple[Draft, CardMemory]:
     model = draft.model
     contexts = [wanted.max_model_len] if wanted.max_model_len else _from(model.context, CONTEXTS)
     steps = [wanted.max_num_batched_tokens] if wanted.max_num_batched_tokens else STEP_TOKENS
-    most = LARGEST // (draft.load.drafts + 1)
+    most = max(1, LARGEST // (draft.load.drafts + 1))
     counts = [wanted.max_num_seqs] if wanted.max_num_seqs else [one for one in SEQUENCES if one <= most]
     counts = _in_time(draft, counts, wanted)
     each = LEAST if wanted.max_num_seqs else TYPICAL
@@ -270,7 +274,7 @@ def _in_time(draft: Draft, counts: list[int], wanted: Wanted) -> list[int]:
 def _uses_flashcomm(draft: Draft) -> bool:
     """Whether tokens are divided among the cards of a server between exchanges; only tried within one."""
     division = draft.division
-    return draft.cards.device == "npu" and draft.cards.nodes == 1 and division.expert and division.tensor > 1
+    return draft.cards.device == "npu" and draft.cards.all_linked and division.expert and division.tensor > 1
 
 
 def _with_settings(draft: Draft, memory: CardMemory, wanted: Wanted) -> Draft:
@@ -329,6 +333,8 @@ def _warnings(draft: Draft, wanted: Wanted, step: float | None, memory: CardMemo
         yield f"the cache holds {held} sequences of {typical} tokens: of {draft.load.sequences} longer ones some wait"
     if cards.nodes > 1 and not division.expert:
         yield "without expert parallelism every layer's exchange goes over the network between the servers"
+    if draft.dtype == "float16":
+        yield TRAPS["float16"].why
     if step is None:
         yield f"nobody has said what bandwidth or peak a {cards.facts.name} has: its limits are unknown"
         if wanted.tpot_ms is not None:

@@ -7,7 +7,7 @@ of vllm-ascend 0.23.0 (vllm_ascend/…) and of vLLM 0.23.0 (vllm/…).
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from ascend.errors import UserError
@@ -17,6 +17,9 @@ from serve.planning.memory import HCCL_MIB
 from serve.planning.rope import KEY
 
 MOST_GRAPHS = 32
+# CANN 9.1, environment variables: HCCL_CONNECT_TIMEOUT is within [120, 7200] s (and 20 s more are waited),
+# HCCL_EXEC_TIMEOUT within [0, 2147483647], 0 for ever; with HCCL_OP_EXPANSION_MODE=AIV within [0, 1091].
+SHORTEST_TIMEOUT, LONGEST_CONNECT, LONGEST_EXEC = 120, 7200, 2**31 - 1
 MOST_TOKENS_EACH = 16  # vllm_ascend/attention/attention_v1.py:251: a token and its drafts
 QUANT_BLOCK = {"fp8": 128, "w4a16": 128, "w4a16-all": 128}  # inputs that share a scale (`ascend.precision`)
 NPU, CUDA, BOTH = ("npu",), ("cuda",), ("npu", "cuda")
@@ -131,17 +134,33 @@ def _flashcomm(draft: Draft) -> str | None:
 
 
 def _graphs(draft: Draft) -> str | None:
-    sizes, most = draft.load.graphs, min(LARGEST, draft.load.step_tokens)
+    return graph_problem(draft.load.graphs, draft.load.drafts, draft.load.step_tokens)
+
+
+def graph_problem(sizes: Sequence[int], drafts: int, step_tokens: int) -> str | None:
+    """Return what is wrong with the sizes of graphs on an NPU, planned or a user's own, or None."""
+    most = min(LARGEST, step_tokens)
     if len(sizes) > MOST_GRAPHS:
-        return f"{len(sizes)} graph sizes"
-    if any(size > most or size % (draft.load.drafts + 1) for size in sizes) or list(sizes) != sorted(set(sizes)):
-        return f"graph sizes {list(sizes)} with {draft.load.drafts} drafts and {most} tokens at most"
+        return f"{len(sizes)} graph sizes, {MOST_GRAPHS} at most"
+    if any(size < 1 or size > most or size % (drafts + 1) for size in sizes) or list(sizes) != sorted(set(sizes)):
+        return f"graph sizes {list(sizes)} with {drafts} drafts and {most} tokens at most, rising"
     return None
+
+
+def graph_notes(sizes: Sequence[int], drafts: int, sequences: int) -> list[str]:
+    """Return what is wasted or lacking among sizes of graphs that hold decode steps alone; ``sequences`` at once."""
+    full = sequences * (drafts + 1)
+    notes = []
+    if unused := [size for size in sizes if size > full and any(full <= other < size for other in sizes)]:
+        notes.append(f"graphs of {unused} tokens are never used: {sequences} sequences are {full} tokens")
+    if sizes and max(sizes) < full:
+        notes.append(f"steps of more than {max(sizes)} tokens run without a graph, and there may be {full}")
+    return notes
 
 
 def _drafts(draft: Draft) -> str | None:
     if draft.load.drafts + 1 > MOST_TOKENS_EACH:
-        return f"{draft.load.drafts} drafts"
+        return f"{draft.load.drafts} drafts ({MOST_TOKENS_EACH - 1} at most)"
     return None
 
 
@@ -188,9 +207,15 @@ def _blocking(draft: Draft) -> str | None:
 
 
 def _timeouts(draft: Draft) -> str | None:
-    for name in ("HCCL_CONNECT_TIMEOUT", "HCCL_EXEC_TIMEOUT"):
+    """Within a server at most 300 s; over several, where cards wait for those that still load, as long as that."""
+    if draft.division.cards == 1:
+        return None
+    ready = int(draft.environment.get("VLLM_ENGINE_READY_TIMEOUT_S", 0))
+    several = draft.cards.nodes > 1
+    for name, most in (("HCCL_CONNECT_TIMEOUT", LONGEST_CONNECT), ("HCCL_EXEC_TIMEOUT", LONGEST_EXEC)):
         value = draft.environment.get(name)
-        if draft.division.cards > 1 and (value is None or not 120 <= int(value) <= 300):
+        low, high = (min(ready, most), most) if several else (SHORTEST_TIMEOUT, 300)
+        if value is None or not low <= int(value) <= high:
             return f"{name}={value}"
     return None
 
@@ -229,6 +254,14 @@ TRAPS: dict[str, Trap] = {
         f"{_ASCEND}: platform.py has no check",
         _float32,
     ),
+    # A fact: it is obeyed, with a warning.
+    "float16": Trap(
+        BOTH,
+        "float16 ends at 65504 and this model was trained in bfloat16, which does not: larger activations become "
+        "infinite and answers '!!!!' (vllm-ascend issues 562, 5144, 6332 tell of other models; this one was not tried "
+        "here): use bfloat16",
+        "vllm-ascend issues 562, 5144, 6332",
+    ),
     "block-128": Trap(
         NPU,
         "vLLM-Ascend changes any other block to 128 tokens where prefix caching or chunked prefill is on",
@@ -244,9 +277,9 @@ TRAPS: dict[str, Trap] = {
     ),
     "tensor-in-server": Trap(
         BOTH,
-        "tensor parallelism stays within a server: two exchanges a layer do not go over the network, and vLLM-Ascend "
-        "finds too few cards only in its workers",
-        f"{_ASCEND}, worker/worker.py:490",
+        "tensor parallelism stays within a server: two exchanges a layer do not go over the network, and engines find "
+        "too few cards only in their workers",
+        f"{_VLLM}; {_ASCEND}, worker/worker.py:490",
         _tensor_in_server,
     ),
     "enough-cards": Trap(
@@ -306,8 +339,9 @@ TRAPS: dict[str, Trap] = {
     "launch-blocking": Trap(NPU, "graphs do not go together with it", f"{_ASCEND}, platform.py:651", _blocking),
     "hccl-timeouts": Trap(
         NPU,
-        "by default a card that died is noticed after half an hour; below 120 s slow starts are taken for dead",
-        "CANN: HCCL_CONNECT_TIMEOUT 120 s, HCCL_EXEC_TIMEOUT 1836 s by default",
+        "by default a card that died is noticed after half an hour; below 120 s slow starts are taken for dead, and "
+        "servers do not read the weights equally fast, so that one waits for another as long as loading may take",
+        "CANN 9.1, HCCL_CONNECT_TIMEOUT: 120 s by default, 120 to 7200; HCCL_EXEC_TIMEOUT: 1836 s by default",
         _timeouts,
     ),
     "mc2": Trap(
@@ -323,7 +357,7 @@ TRAPS: dict[str, Trap] = {
     # What is a fact and not a rule: a plan says it where it matters.
     "allgather": Trap(
         NPU,
-        "one server of 8 910B never uses MC2: tokens are gathered on all cards, with or without expert parallelism",
+        "fewer than 16 910B never use MC2: tokens are gathered on all cards, with or without expert parallelism",
         f"{_ASCEND}, ascend_forward_context.py:236-252",
     ),
     "kv-twice": Trap(
