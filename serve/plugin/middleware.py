@@ -1,4 +1,4 @@
-"""Two things vLLM's API server does not say: that it is about to stop, and that a stream did not come to its end.
+"""What vLLM's API server does not say or refuse: its stopping, a stream that broke off, and `request_check.py`.
 
 vLLM loads it into the API server: `--middleware serve.plugin.middleware.Honest`. Seen in 0.23 and 0.32: once told to
 stop, it goes on to accept requests and answers them with status 500, or with 200 and nothing; and after the error event
@@ -12,6 +12,8 @@ import os
 from collections.abc import Awaitable, Callable, MutableMapping
 from pathlib import Path
 from typing import Any
+
+from serve.plugin.request_check import LARGEST_BODY, wrong_with
 
 STOPPING_FILE = "ANTANGELMED_STOPPING_FILE"  # in the engine's environment: while this file exists, nothing new is begun
 FLAG = ("--middleware", "serve.plugin.middleware.Honest")
@@ -43,9 +45,34 @@ class Honest:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
         elif self._file and scope["path"] != WATCHED and os.path.exists(self._file):
-            await _refuse(send)
+            await _refuse(send, 503, "ServiceUnavailableError", "the server is stopping")
+        elif scope.get("method") == "POST":
+            await self._post(scope, receive, _without_false_end(send))
         else:
             await self._app(scope, receive, _without_false_end(send))
+
+    async def _post(self, scope: Message, receive: Receive, send: Send) -> None:
+        parts, size, is_whole = [], 0, False
+        while not is_whole:
+            message = await receive()
+            if message["type"] != "http.request":
+                return  # the client has gone
+            parts.append(message.get("body", b""))
+            size += len(parts[-1])
+            if size > LARGEST_BODY:
+                await _refuse(send, 413, "BadRequestError", f"a request has at most {LARGEST_BODY} bytes")
+                return
+            is_whole = not message.get("more_body")
+        body = b"".join(parts)
+        if wrong := wrong_with(body):
+            await _refuse(send, 400, "BadRequestError", wrong)
+            return
+        given = iter([{"type": "http.request", "body": body, "more_body": False}])
+
+        async def again() -> Message:
+            return next(given, None) or await receive()
+
+        await self._app(scope, again, send)
 
 
 def _without_false_end(send: Send) -> Send:
@@ -62,14 +89,15 @@ def _without_false_end(send: Send) -> Send:
     return honest
 
 
-async def _refuse(send: Send) -> None:
-    error = {"message": "the server is stopping", "type": "ServiceUnavailableError", "param": None, "code": 503}
+async def _refuse(send: Send, status: int, kind: str, message: str) -> None:
+    error = {"message": message, "type": kind, "param": None, "code": status}
     body = json.dumps({"error": error}).encode()
     headers = [
         (b"content-type", b"application/json"),
         (b"content-length", b"%d" % len(body)),
-        (b"retry-after", b"%d" % RETRY_AFTER_SECONDS),
         (b"connection", b"close"),
     ]
-    await send({"type": "http.response.start", "status": 503, "headers": headers})
+    if status == 503:
+        headers.append((b"retry-after", b"%d" % RETRY_AFTER_SECONDS))
+    await send({"type": "http.response.start", "status": status, "headers": headers})
     await send({"type": "http.response.body", "body": body})
