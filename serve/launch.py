@@ -28,7 +28,7 @@ from serve.resolve import Resolved, resolve
 from serve.settings import LaunchSettings
 from serve.state import state_directory
 from serve.watch.isolation import forget
-from serve.watch.ready import Server
+from serve.watch.ready import Server, remove_ready_file
 from serve.watch.supervise import supervise
 
 STARTED_AT = "ANTANGELMED_STARTED_AT"  # set by launch.sh, seconds since the epoch: making the environment counts too
@@ -55,8 +55,8 @@ def launch(settings: LaunchSettings, checkpoint: Checkpoint | None, started_at: 
     resolved = resolved_with_notes(settings, checkpoint)
     check_machine(settings, resolved.device)
     check_engine(settings.engine, resolved.device)
-    if settings.ready_file:  # of a launcher that was killed
-        settings.ready_file.unlink(missing_ok=True)
+    if settings.ready_file:
+        remove_ready_file(settings.ready_file)
     model = settings.model or demo_directory()
     log = state_directory() / f"engine-{settings.port}.log"
     chat = settings.model is None or has_chat_template(model) or "--chat-template" in settings.engine_flags

@@ -137,7 +137,7 @@ def _cards(settings: LaunchSettings, device: str) -> Cards:
     if named and named.device != device:
         raise UserError(f"--cards {settings.cards} are not for --device {device}: give one of them")
     found = found_cards(settings.nodes, named=named)
-    broken = isolated()
+    broken = isolated(found.device)
     here = tuple(card for card in found.indices or () if card not in broken)
     if found.device != device:
         raise UserError(

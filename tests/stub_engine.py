@@ -5,7 +5,8 @@ events, the names on `/metrics`, `/health` that always says 200, SIGTERM that fi
 `--shutdown-timeout`, new requests answered with 500 meanwhile, and `[DONE]` even after an error event.
 
 The JSON is a list with one object per life (the last one counts for all later ones; `--lives FILE` counts them):
-  log            text that is written to the log at the start; log_at_token: after the N-th token of the life
+  log            text that is written to the log at the start; log_at_token: after the N-th token of the life, with
+                 the mark of signed lines in place of MARK
   exit           exit code, at once;  load: seconds before the port opens
   die_after      seconds after the first answer, then SIGKILL of itself;  hang_after: then no step any more
   die_at_token   SIGKILL of itself;  core_dies_at_token: as if its engine core were killed
@@ -33,6 +34,8 @@ from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
 from starlette.routing import Route
+
+from serve.plugin.log_format import MARK
 
 DEAD = "EngineCore encountered an issue. See stack trace (above) for the root cause."
 
@@ -66,7 +69,7 @@ class Engine:
             self.tokens += 1
             queue.put_nowait(f" {tokens}")
             if self.tokens == self.how.get("log_at_token", [None])[0]:
-                print(self.how["log_at_token"][1], flush=True)
+                print(self.how["log_at_token"][1].replace("MARK", os.environ[MARK]), flush=True)
             if self.tokens in (self.how.get("die_at_token"), self.how.get("core_dies_at_token")):
                 await asyncio.sleep(0.05)  # what was said before is on its way
                 if self.tokens == self.how.get("die_at_token"):

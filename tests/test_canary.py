@@ -111,7 +111,7 @@ class Stub:
 
     def check(self, *flags: str) -> str:
         """Run the canary on it."""
-        return check_canary(self.server, self, settings(*flags))  # type: ignore[arg-type]
+        return check_canary(self.server, settings(*flags))
 
     def poll(self) -> int | None:
         """As an engine: it runs."""

@@ -70,6 +70,7 @@ def test_each_row_is_found_in_every_process_of_the_engine_and_in_raw_output(name
         assert faults_in([f"(EngineCore pid=7) INFO 11-23 08:00:00 [core.py:702] {text}"]) == []
         assert faults_in([f"what a client wrote: {text}", f"user: {text}"]) == []
     assert [fault.name for fault in faults_in([PRINTED[name]])] == [name]
+    assert not faults_in([PRINTED[name]])[0].is_signed
     assert kind.action in ACTIONS
 
 
@@ -106,3 +107,22 @@ def test_one_fault_in_many_lines_is_one_and_takes_the_card_that_a_near_line_name
     (fault,) = faults_in(lines)
     assert (fault.name, fault.cards, fault.line) == ("HBM-ECC", (4,), lines[0])
     assert faults_in([f"(EngineCore pid=7) {PLACE}processed 507015 tokens", "loaded 507054 of 600000"]) == []
+
+
+def test_only_lines_with_the_mark_of_this_start_are_signed_and_they_count_for_more() -> None:
+    signed = f"(Worker_TP3 pid=7) ERROR 11-23 08:00:00 [core.py:702 5eed] {PRINTED['UCE']}"
+    (fault,) = faults_in([signed], "5eed")
+    assert (fault.is_signed, fault.cards) == (True, (3,))
+    planted = [
+        signed.replace("5eed", "beef"),
+        signed.replace(" 5eed", ""),
+        f"(Worker_TP3 pid=7) {PRINTED['UCE']} 5eed] [core.py:702 5eed] ",
+        f"[2026-11-23 08:00:00 TP2] {PRINTED['UCE']} 5eed",
+        f"{PRINTED['UCE']} [core.py:702 5eed]",
+    ]
+    assert [fault.is_signed for line in planted for fault in faults_in([line], "5eed")] == [False] * len(planted)
+    assert not any(fault.is_signed for fault in faults_in([signed], ""))
+    near = "(EngineCore pid=7) ERROR 11-23 08:00:00 [core.py:702 5eed] "
+    others = ["(EngineCore pid=7) ERROR 11-23 08:00:00 [core.py:702] Device:4", f"{near}Device:6"]
+    (fault,) = faults_in([others[0], near + PRINTED["UCE"], PRINTED["UCE"] + " npu:1", others[1]], "5eed")
+    assert (fault.is_signed, fault.cards) == (True, (6,))

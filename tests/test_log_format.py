@@ -15,7 +15,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from serve.plugin.log_format import CONFIG_FILE, LONGEST_LINE, MOST_LINES, SERVING, WITHHELD, SafeFormatter, printable
+from serve.plugin.log_format import (
+    CONFIG_FILE,
+    LONGEST_LINE,
+    MARK,
+    MOST_LINES,
+    SERVING,
+    WITHHELD,
+    SafeFormatter,
+    printable,
+)
+from serve.watch.faults import faults_in
 from serve.watch.progress import _PREFIX, STAGES
 
 WORD = "kanarienvogel"
@@ -118,6 +128,14 @@ def test_vllm_0_23_puts_the_prefix_itself(formatter: SafeFormatter, monkeypatch:
     monkeypatch.setattr(sys.stdout, "_original_write", sys.stdout.write, raising=False)
     assert formatter.format(record("one\ntwo")).startswith("ERROR ")
     assert formatter.format(record("one\ntwo")).count("[serving.py:7] ") == 2
+
+
+def test_every_line_has_the_mark_of_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(MARK, "5eed")
+    lines = SafeFormatter().format(record("UCE ERROR\ntwo", process="Worker_TP1")).split("\n")
+    assert [line.partition("[")[2] for line in lines] == ["serving.py:7 5eed] UCE ERROR", "serving.py:7 5eed] two"]
+    (fault,) = faults_in(lines, "5eed")
+    assert (fault.name, fault.cards, fault.is_signed) == ("UCE", (1,), True)
 
 
 def test_what_an_operator_needs_is_told(formatter: SafeFormatter) -> None:

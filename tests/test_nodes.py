@@ -371,6 +371,23 @@ def test_no_line_is_held_beyond_its_bound() -> None:
     line.close()
 
 
+def test_a_message_that_did_not_fit_is_finished_later() -> None:
+    here, there = socket.socketpair()
+    here.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+    line, other = Line(here, "10.0.0.2"), Line(there, "10.0.0.1")
+    for number in range(2000):  # far more than the two buffers hold
+        line.send({"number": number, "filling": "x" * 100})
+    assert len(line._unsent) < 2 * node_link.LINE_BYTES
+    heard = []
+    for _ in range(1000):
+        heard += [message["number"] for message in other.receive(0)]
+        line.send({"number": -1, "filling": ""})
+    assert heard[:100] == list(range(100))
+    assert heard[-1] == -1  # it was not in the middle of another one
+    line.close()
+    other.close()
+
+
 def _flood(there: socket.socket) -> None:
     with contextlib.suppress(OSError):
         there.sendall(b"x" * 2**20)

@@ -17,12 +17,13 @@ import pytest
 from convert.canary import main as record_canary
 from convert.canary_record import CANARY, read_canary
 from convert.demo import write_demo
-from serve.plugin.log_format import CONFIG_FILE, VARIABLE, WITHHELD
+from serve.plugin.log_format import CONFIG_FILE, MARK, VARIABLE, WITHHELD
+from serve.plugin.middleware import FLAG
 from serve.settings import LaunchSettings
 from serve.watch.canary import CanaryError, check_canary
 from serve.watch.faults import TABLE, faults_in
 from serve.watch.ready import EngineError, Server
-from tests.launcher import free_port, wait_for
+from tests.launcher import ROOT, free_port, wait_for
 from tests.test_canary import settings
 from tests.test_faults import PRINTED
 
@@ -62,9 +63,12 @@ def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(server.model)]
     command += ["--port", str(server.port), "--served-model-name", "tiny", "--dtype", "bfloat16", "--enforce-eager"]
     command += ["--max-model-len", "1024", "--disable-uvicorn-access-log", "--host", server.host]
+    command += FLAG
     environment = {
         **os.environ,
+        "PYTHONPATH": str(ROOT),
         VARIABLE: str(CONFIG_FILE),
+        MARK: "5eed5eed",
         "VLLM_LOGGING_LEVEL": "INFO",
         "VLLM_CPU_KVCACHE_SPACE": "1",
         "VLLM_NO_USAGE_STATS": "1",
@@ -97,6 +101,9 @@ def test_a_client_can_neither_forge_a_line_nor_name_a_fault_nor_leave_a_word(eng
         chat = {"model": "tiny", "messages": [{"role": "user", "content": text}], "max_tokens": 1, "user": text}
         text_format = {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": text, "pattern": text}}}
         grammar = {"structured_outputs": {"grammar": text}}
+        reference = {"$ref": text}
+        within = f"start: %json {json.dumps(reference)}"
+        referring = {"type": "json_schema", "json_schema": {"name": "x", "schema": {"properties": {"a": reference}}}}
         for path, body in (
             ("/v1/completions", {"model": "tiny", "prompt": text, "max_tokens": 1, "user": text, "stop": [text]}),
             ("/v1/chat/completions", chat),
@@ -104,6 +111,18 @@ def test_a_client_can_neither_forge_a_line_nor_name_a_fault_nor_leave_a_word(eng
             ("/v1/chat/completions", {**chat, "request_id": text, "messages": [{"role": text, "content": text}]}),
             ("/v1/chat/completions", {**chat, "response_format": text_format}),
             ("/v1/chat/completions", {**chat, **grammar}),
+            ("/v1/chat/completions", {**chat, "response_format": referring}),
+            ("/v1/chat/completions", {**chat, "structured_outputs": {"json": reference}}),
+            (
+                "/v1/completions",
+                {"model": "tiny", "prompt": "a", "structured_outputs": {"json": json.dumps(reference)}},
+            ),
+            (
+                "/v1/chat/completions",
+                {**chat, "structured_outputs": {"grammar": f"start: %json {json.dumps(reference)}"}},
+            ),
+            ("/v1/chat/completions", {**chat, "structured_outputs": {"regex": text}}),
+            ("/v1/chat/completions", {**chat, "structured_outputs": {"choice": [text]}}),
             ("/v1/chat/completions", {**chat, "tools": [{"type": "function", "function": {"name": text}}]}),
             ("/v1/chat/completions", {**chat, "max_tokens": text, text: text}),
             ("/v1/chat/completions", {**chat, "chat_template": "{{" + text, "chat_template_kwargs": {text: text}}),
@@ -127,6 +146,7 @@ def test_a_client_can_neither_forge_a_line_nor_name_a_fault_nor_leave_a_word(eng
     assert "invalid http request received." in log.lower() or WITHHELD in log
     assert "(APIServer pid=" in log
     assert "(EngineCore pid=" in log
+    assert "5eed5eed] " in log
     assert {fault.name for fault in faults_in(PRINTED.values())} == {kind.name for kind in TABLE}
 
 
@@ -134,7 +154,7 @@ def test_the_canary_compares_records_and_is_heard(engine: Engine, capsys: pytest
     model, wanted = engine.server.model, settings()
 
     def check(server: Server = engine.server, settings: LaunchSettings = wanted) -> str:
-        return check_canary(server, engine.process, settings)  # type: ignore[arg-type]
+        return check_canary(server, settings)
 
     assert "nothing vouches" in check()
     manifest = model / "manifest.json"

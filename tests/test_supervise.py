@@ -169,13 +169,15 @@ def test_a_crash_loop_ends_with_one_line_and_less_is_tried_again(started: Callab
 @pytest.mark.slow
 def test_a_device_fault_is_named_and_acted_on(started: Callable[..., Launched]) -> None:
     kernel, memory = "error code 507014 aicore timeout", "UCE ERROR: HBM MULTI BIT ECC ERROR on NPU 3"
-    said = [FIRST_ANSWER + 5, f"(Worker_TP3 pid=7) ERROR 11-23 14:28:07 [worker.py:1] RuntimeError: {kernel}"]
+    said = [FIRST_ANSWER + 5, f"(Worker_TP3 pid=7) ERROR 11-23 14:28:07 [worker.py:1 MARK] RuntimeError: {kernel}"]
     dying = started({"log_at_token": said, "die_at_token": FIRST_ANSWER + 20}, {})
     broken = started(
         {"log_at_token": [said[0], said[1].replace(kernel, memory)], "die_at_token": FIRST_ANSWER + 20}, {}
     )
     forged = started({"log_at_token": [said[0], said[1].replace(kernel, memory)]}, {})
-    for launched in (dying, broken):
+    planted = [said[0], said[1].replace(kernel, memory).replace(" MARK", "") + f"\nRuntimeError: {memory}"]
+    unsigned = started({"log_at_token": planted, "die_at_token": FIRST_ANSWER + 20}, {})
+    for launched in (dying, broken, unsigned):
         stream = Streams(launched.wait_until_ready(30)["base_url"], NAME, tokens=1000)
         (outcome,) = stream.wait(10)
         assert outcome.error
@@ -186,6 +188,10 @@ def test_a_device_fault_is_named_and_acted_on(started: Callable[..., Launched]) 
     assert wait_for(lambda: serves(dying), 10)
     assert events(dying)[2:5] == ["fault", "death", "restart"]
     stopped(dying)
+    assert wait_for(lambda: serves(unsigned), 10)  # a client may have written that line: no card counts an error
+    assert events(unsigned)[2:5] == ["fault", "death", "restart"]
+    assert "not signed by the engine, and no card counts such an error" in unsigned.output
+    stopped(unsigned)
     whole = Streams(forged.wait_until_ready(30)["base_url"], NAME, tokens=40)  # a client may have written that line
     assert all(outcome.is_whole for outcome in whole.wait(20))
     assert events(forged) == ["start", "ready"]

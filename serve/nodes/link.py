@@ -35,7 +35,7 @@ class Line:
     def __init__(self, connection: socket.socket, address: str, node: int = -1) -> None:
         self.socket, self.address, self.node = connection, address, node
         self.heard = time.monotonic()
-        self._rest = b""
+        self._rest = self._unsent = b""
         connection.setblocking(False)
 
     @property
@@ -44,9 +44,12 @@ class Line:
         return f"node {self.node} ({self.address})"
 
     def send(self, message: Mapping[str, Any]) -> None:
-        """Send, if the other side still takes anything; that it does not shows in its silence."""
+        """Send, as far as the other side still takes anything; that it does not shows in its silence."""
+        if len(self._unsent) < LINE_BYTES:  # never a part of a line alone: it would spoil the next one
+            self._unsent += json.dumps(message).encode() + b"\n"
         with contextlib.suppress(BlockingIOError):
-            self.socket.sendall(json.dumps(message).encode() + b"\n")
+            while self._unsent:
+                self._unsent = self._unsent[self.socket.send(self._unsent) :]
 
     def receive(self, seconds: float) -> list[dict[str, Any]]:
         """Wait up to ``seconds`` for something to arrive; return the whole messages of it, maybe none."""

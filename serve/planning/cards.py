@@ -114,7 +114,7 @@ def found_cards(nodes: int = 1, host: Host | None = None, named: Cards | None = 
                     "pass whole cards (/dev/davinci0, …) to this machine or container"
                 )
             continue
-        indices = _visible(host.environ.get(VISIBLE[device]), device, present)
+        indices = visible_cards(host.environ.get(VISIBLE[device]), device, present)
         names = _names(device, _output(tool))
         if named and not names:
             return replace(named, count=len(indices), nodes=nodes, indices=indices, confirmed=False)
@@ -130,7 +130,7 @@ def found_cards(nodes: int = 1, host: Host | None = None, named: Cards | None = 
     return _cpu(None)
 
 
-def _visible(listed: str | None, device: str, present: int) -> tuple[int, ...]:
+def visible_cards(listed: str | None, device: str, present: int) -> tuple[int, ...]:
     """The cards that the environment leaves visible, by number. Raises `UserError` for what does not tell."""
     if listed is None:
         return tuple(range(present))

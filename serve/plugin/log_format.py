@@ -1,6 +1,7 @@
 """How the engine's records are logged: no client can forge a line of them, and nothing of a request is in them.
 
-What libraries in C++ write to standard error goes past it: xgrammar repeats a schema's `$ref`, line breaks included.
+What libraries in C++ write to standard error goes past it, and may repeat what a client sent. So the launcher puts a
+word into each start's environment that nobody can guess: only lines with it were formatted here.
 
 `logging.json` beside this file goes to vLLM as `VLLM_LOGGING_CONFIG_PATH` (0.23 and 0.32 read it in every process, and
 give it to uvicorn too), and names `SafeFormatter`. Timestamps, levels and places are vLLM's own.
@@ -17,6 +18,7 @@ from __future__ import annotations
 
 import logging
 import multiprocessing
+import os
 import re
 import sys
 import threading
@@ -28,6 +30,7 @@ from typing import Any
 
 CONFIG_FILE = Path(__file__).with_name("logging.json")
 VARIABLE = "VLLM_LOGGING_CONFIG_PATH"
+MARK = "ANTANGELMED_LOG_MARK"  # in the environment: a word that stands in every line's prefix
 WITHHELD = "(withheld: it may hold a request's text)"
 LONGEST_LINE, MOST_LINES = 4000, 200
 
@@ -55,7 +58,8 @@ class SafeFormatter(logging.Formatter):
     serves = False  # of this process: once it is True, a client's text may be in any record
 
     def __init__(self, fmt: str | None = None, datefmt: str | None = None, style: str = "%", **_: object) -> None:
-        super().__init__("%(levelname)s %(asctime)s [%(filename)s:%(lineno)d] ", "%m-%d %H:%M:%S")
+        mark = f" {os.environ[MARK]}" if os.environ.get(MARK) else ""
+        super().__init__(f"%(levelname)s %(asctime)s [%(filename)s:%(lineno)d{mark}] ", "%m-%d %H:%M:%S")
         logging.raiseExceptions = False  # a record that cannot be written would be printed with its arguments
         logging.captureWarnings(True)
         threading.excepthook = _log_of_thread

@@ -26,8 +26,6 @@ from convert.canary_record import CANARY, Canary, canary_prompts, canary_text, d
 from convert.manifest import MANIFEST
 from serve.settings import LaunchSettings
 from serve.state import printable
-from serve.watch.process import EngineProcess
-from serve.watch.progress import error_line
 from serve.watch.ready import EngineError, Server, call
 
 TIMEOUT = 300.0  # seconds for one prompt: the first of its length may compile kernels
@@ -64,7 +62,7 @@ FLOOR = Limits(0.02, 0.05)  # for a model that rounding hardly moves
 SAME_ENGINE = Limits(0.1, 0.5)
 
 
-def check_canary(server: Server, engine: EngineProcess, settings: LaunchSettings) -> str:
+def check_canary(server: Server, settings: LaunchSettings) -> str:
     """Compare, or record, and return the line to announce.
 
     Raises `CanaryError` if the figures are wrong, `EngineError` if there are none.
@@ -72,14 +70,14 @@ def check_canary(server: Server, engine: EngineProcess, settings: LaunchSettings
     if settings.canary == "off":
         return "off, as asked: nothing was compared"
     try:
-        return _check(server, engine, settings)
+        return _check(server, settings)
     except (UserError, OSError) as error:  # of a record, or a model directory, that cannot be read
         raise EngineError(str(error)) from None
 
 
-def _check(server: Server, engine: EngineProcess, settings: LaunchSettings) -> str:
+def _check(server: Server, settings: LaunchSettings) -> str:
     vocab_size = _vocab_size(server.model)
-    found = [_logprobs(server, engine, settings.engine, prompt) for prompt in canary_prompts(vocab_size)]
+    found = [_logprobs(server, settings.engine, prompt) for prompt in canary_prompts(vocab_size)]
     flat = [one for row in found for one in row]
     if not flat:
         return "not compared: the server takes no prompt that is long enough"
@@ -144,7 +142,7 @@ def _vocab_size(model: Path) -> int:
     return size
 
 
-def _logprobs(server: Server, engine: EngineProcess, kind: str, prompt: list[int]) -> list[float]:
+def _logprobs(server: Server, kind: str, prompt: list[int]) -> list[float]:
     """Return the log-probabilities of a prompt's tokens from the second on; none if it is too long for the server."""
     if kind == "sglang":
         path = "/generate"
@@ -156,8 +154,6 @@ def _logprobs(server: Server, engine: EngineProcess, kind: str, prompt: list[int
     try:
         status, answer = call(server, "POST", path, json.dumps(body).encode(), timeout=TIMEOUT)
     except (OSError, http.client.HTTPException) as error:
-        if engine.poll() is not None:
-            raise EngineError(f"the engine ended during the canary: {error_line(server.log)}") from None
         raise EngineError(f"no answer to the canary: {type(error).__name__} within {TIMEOUT:.0f} s") from None
     if status == 400 and _TOO_LONG.search(answer.decode(errors="replace")):
         return []

@@ -1,8 +1,8 @@
 """Faults of devices, by what the runtimes print: a table, and a search in lines of an engine's log.
 
-Only lines that no client can write count: those of the engine core and the workers, never those of the API server, and
-lines without a process's name only where they begin the way a device's runtime begins them. What a client has asked for
-is in no line of the former as long as `serve.plugin.log_format` writes them.
+Only lines of the engine core and the workers count, never those of the API server, and lines without a process's name
+only where they begin the way a device's runtime begins them. Signed are those with the word that this start gave to
+`serve.plugin.log_format`, which lets nothing of a request through: a client can have written no such line.
 """
 
 from __future__ import annotations
@@ -34,13 +34,17 @@ class Kind:
 
 @dataclass(frozen=True)
 class Fault:
-    """A fault that was found. cards: numbers as the engine counts them, empty if no line says; line: where it stood."""
+    """A fault that was found. cards: numbers as the engine counts them, empty if no line says; line: where it stood.
+
+    is_signed: no client can have written it.
+    """
 
     name: str
     meaning: str
     action: str
     cards: tuple[int, ...]
     line: str
+    is_signed: bool = False
 
 
 _NPU = "torch_npu NPUException.h, NPUQueue.cpp, ProcessGroupHCCL.cpp"
@@ -130,7 +134,9 @@ def _pattern(kind: Kind) -> re.Pattern[str]:
 
 _PATTERNS = tuple((kind, _pattern(kind)) for kind in TABLE)
 # "(Worker_TP3 pid=9) ERROR 11-23 08:00:00 [core.py:7] …" of vLLM; "[2026-11-23 08:00:00 TP3] …" of SGLang's schedulers.
-_VLLM = re.compile(r"^\((?P<name>[^()]{1,80}?) pid=\d+\) (?:(?P<level>[A-Z]+) [\d-]+ [\d:]+ \[[^\]]*\] )?")
+_VLLM = re.compile(
+    r"^\((?P<name>[^()]{1,80}?) pid=\d+\) (?:(?P<level>[A-Z]+) [\d-]+ [\d:]+ \[[^\] ]*(?: (?P<mark>\w+))?\] )?"
+)
 _SGLANG = re.compile(r"^\[\d{4}-\d\d-\d\d \d\d:\d\d:\d\d(?P<ranks>(?: [A-Z]+\d+)+)\] ")
 _OTHERS = ("EngineCore", "Worker", "VllmWorker", "DPCoordinator", "Coordinator")
 _RAW = re.compile(
@@ -142,14 +148,18 @@ _CARD = re.compile(r"\b(?:device[ _]?id\s?[=:]?|Device:|npu:|cuda:|NPU |GPU )\s?
 _RANK = re.compile(r"(?:^|[_ ])TP[_=]?(\d{1,2})\b")
 
 
-def faults_in(lines: Iterable[str]) -> list[Fault]:
-    """Return the faults that new lines of an engine's log tell of, in their order, each with a card once.
+def faults_in(lines: Iterable[str], mark: str = "") -> list[Fault]:
+    """Return the faults that lines of an engine's log tell of, in their order, each with a card once.
 
-    A fault's card is looked for in its line, in the process's name, then in the same process's lines around it.
+    A fault's card is looked for in its line, in the process's name, then in the same process's lines around it; of a
+    signed line in signed ones only.
+
+    Args:
+        mark: the word that signed lines have; "": none is signed.
     """
     kept = list(lines)
-    sources = [_source(line) for line in kept]
-    found: dict[tuple[str, tuple[int, ...]], Fault] = {}
+    sources = [_source(line, mark) for line in kept]
+    found: dict[tuple[str, tuple[int, ...], bool], Fault] = {}
     for at, line in enumerate(kept):
         source = sources[at]
         if source is None:
@@ -157,20 +167,30 @@ def faults_in(lines: Iterable[str]) -> list[Fault]:
         kind = next((kind for kind, pattern in _PATTERNS if pattern.search(line)), None)
         if kind is not None:
             near = [kept[i] for i in range(max(0, at - NEAR), min(len(kept), at + NEAR)) if sources[i] == source]
-            cards = _cards(line, source, near)
-            found.setdefault((kind.name, cards), Fault(kind.name, kind.meaning, kind.action, cards, line))
-    named = {name for name, cards in found if cards}
-    return [fault for (name, cards), fault in found.items() if cards or name not in named]
+            name, is_signed = source
+            cards = _cards(line, name, near)
+            fault = Fault(kind.name, kind.meaning, kind.action, cards, line, is_signed)
+            found.setdefault((kind.name, cards, is_signed), fault)
+    return without_lesser(found.values())
 
 
-def _source(line: str) -> str | None:
-    """Which process wrote a line ("": the runtime itself); None for one that a client could have written."""
+def without_lesser(faults: Iterable[Fault]) -> list[Fault]:
+    """Leave out what others say better: an unsigned fault that is there signed, one without a card that has one."""
+    kept = list(faults)
+    signed = {fault.name for fault in kept if fault.is_signed}
+    kept = [fault for fault in kept if fault.is_signed or fault.name not in signed]
+    with_card = {fault.name for fault in kept if fault.cards}
+    return [fault for fault in kept if fault.cards or fault.name not in with_card]
+
+
+def _source(line: str, mark: str) -> tuple[str, bool] | None:
+    """Which process wrote a line ("": the runtime itself), and whether it is signed; None if it does not count."""
     if prefix := _VLLM.match(line):
         is_engine = prefix["name"].startswith(_OTHERS) and prefix["level"] not in ("INFO", "DEBUG")
-        return prefix["name"] if is_engine else None
+        return (prefix["name"], bool(mark) and prefix["mark"] == mark) if is_engine else None
     if prefix := _SGLANG.match(line):
-        return prefix["ranks"].strip()
-    return "" if _RAW.match(line) else None
+        return prefix["ranks"].strip(), False
+    return ("", False) if _RAW.match(line) else None
 
 
 def _cards(line: str, source: str, near: Sequence[str]) -> tuple[int, ...]:

@@ -19,6 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from ascend.errors import UserError
+from serve.doctor import npu_smi, nvidia_smi
+from serve.planning.cards import VISIBLE, visible_cards
 from serve.state import state_directory
 from serve.watch.faults import TABLE, Fault
 
@@ -27,20 +29,20 @@ VERSION = 1
 MAX_BYTES = 1 << 20
 REPEAT_SECONDS = 3600.0
 _REPEATS = {kind.name for kind in TABLE if kind.repeats}
-_VISIBLE = {"npu": "ASCEND_RT_VISIBLE_DEVICES", "cuda": "CUDA_VISIBLE_DEVICES"}
+_UNCORRECTED = "ecc.errors.uncorrected.volatile.total"
+_DOUBLE_BIT = "HBM Double Bit Error Count"
 _NODES = {"npu": r"davinci\d+", "cuda": r"nvidia\d+"}
 TOOL_SECONDS = 10.0
 
 
-def isolated(directory: Path | None = None) -> dict[int, str]:
-    """Return the numbers of the cards that must not be used, each with the reason. Raises `UserError` if unreadable."""
-    cards = _read(directory)["cards"]
+def isolated(device: str, directory: Path | None = None) -> dict[int, str]:
+    """Return the numbers of the device's cards that must not be used, each with the reason. Raises `UserError`."""
+    cards = [card for card in _read(directory)["cards"] if card["device"] == device]
     if not cards:
         return {}
-    now = {device: identities(device) for device in {card["device"] for card in cards}}
+    here = identities(device)
     found = {}
     for card in cards:
-        here = now[card["device"]]
         if card["identity"] is None or card["index"] not in here:
             found[card["index"]] = card["reason"]
         for index, identity in here.items():  # where it is now, if anywhere
@@ -69,16 +71,42 @@ def isolate(
         return ()
     seen = _visible(kinds[0], {**os.environ, **(environment or {})})
     numbers = tuple(seen[card] for card in cards if card < len(seen)) or seen
-    known = identities(kinds[0])
+    isolate_numbers(numbers, reason, kinds[0], directory)
+    return numbers
+
+
+def isolate_numbers(numbers: Sequence[int], reason: str, device: str, directory: Path | None = None) -> None:
+    """Record that cards are sick, by their numbers on this machine. Raises `UserError` if that cannot be written."""
+    known = identities(device)
     record = _read(directory)
-    kept = [card for card in record["cards"] if card["index"] not in numbers or card["device"] != kinds[0]]
+    kept = [card for card in record["cards"] if card["index"] not in numbers or card["device"] != device]
     at = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
     kept += [
-        {"device": kinds[0], "index": one, "identity": known.get(one), "reason": reason[:500], "at": at}
+        {"device": device, "index": one, "identity": known.get(one), "reason": reason[:500], "at": at}
         for one in numbers
     ]
     _write(record | {"cards": kept}, directory)
-    return numbers
+
+
+def sick_cards(device: str) -> tuple[int, ...] | None:
+    """Return the cards that count uncorrectable memory errors since they were started; None if the tool does not say.
+
+    Those that were counted over a card's whole life do not count: what they were of was dealt with, or was not noticed.
+    """
+    here = present(device)
+    counts: dict[int, int | None] = {}
+    if device == "cuda":
+        said = _output("nvidia-smi", f"--query-gpu=index,{_UNCORRECTED}", "--format=csv,noheader,nounits")
+        rows = nvidia_smi.parse_csv(said, ("index", _UNCORRECTED))
+        counts = {int(row["index"]): nvidia_smi.number(row[_UNCORRECTED]) for row in rows if row["index"].isdecimal()}
+    for card in here if device == "npu" else ():
+        fields = npu_smi.parse_fields(_output("npu-smi", "info", "-t", "ecc", "-i", str(card)))
+        counts[card] = (npu_smi.uncorrected_errors(fields) or {}).get(_DOUBLE_BIT)
+        if counts[card] is None:
+            break  # a tool that hangs is not asked eight times
+    sick = tuple(sorted(card for card, count in counts.items() if count))
+    is_whole = bool(here) and len(counts) >= len(here) and None not in counts.values()
+    return sick if sick or is_whole else None
 
 
 def forget(directory: Path | None = None) -> list[str]:
@@ -138,10 +166,10 @@ def _output(*command: str) -> str:
 
 
 def _visible(device: str, environment: Mapping[str, str]) -> tuple[int, ...]:
-    listed = environment.get(_VISIBLE[device], "")
-    if re.fullmatch(r"\d+(,\d+)*", listed):
-        return tuple(map(int, listed.split(",")))
-    return present(device)
+    try:
+        return visible_cards(environment.get(VISIBLE[device]), device, len(present(device)))
+    except UserError:  # nobody can say which: all
+        return present(device)
 
 
 def _file(directory: Path | None) -> Path:
@@ -163,7 +191,7 @@ def _read(directory: Path | None) -> dict[str, Any]:
         record = json.loads(content)
         is_ours = len(content) <= MAX_BYTES and record["version"] == VERSION and set(record) == _KEYS
         is_ours = is_ours and all({key: type(card[key]) for key in card} in _CARDS for card in record["cards"])
-        if not (is_ours and all(set(one) == {"name", "cards", "at"} for one in record["faults"])):
+        if not (is_ours and all(map(_is_fault, record["faults"]))):
             raise ValueError
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
         raise UserError(
@@ -174,6 +202,11 @@ def _read(directory: Path | None) -> dict[str, Any]:
 
 _KEYS = {"version", "cards", "faults"}
 _CARDS = [{"device": str, "index": int, "identity": kind, "reason": str, "at": str} for kind in (str, type(None))]
+
+
+def _is_fault(one: Mapping[str, Any]) -> bool:
+    is_whole = set(one) == {"name", "cards", "at"} and type(one["cards"]) is list and type(one["name"]) is str
+    return is_whole and type(one["at"]) in (int, float) and all(type(card) is int for card in one["cards"])
 
 
 def _write(record: Mapping[str, Any], directory: Path | None) -> None:

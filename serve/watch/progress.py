@@ -20,6 +20,8 @@ STAGES = (
 )
 ANSWERING = "answering the first request"
 COMPARING = "comparing with the recorded answer"
+LAST_BYTES = 1 << 20  # of a log, for the line that says why an engine ended
+MOST_BYTES = 4 << 20  # that are read at once; a line that is longer is taken for several
 
 _ERROR = re.compile(r"\b(?:[A-Za-z_.]*(?:Error|Exception)|error)\b\s*:\s*\S|Value error, |Killed|out of memory")
 _PYDANTIC = "Value error, "  # how pydantic begins, and " [type=value_error, …]" how it ends, the message of a check
@@ -36,7 +38,9 @@ _HARMLESS = re.compile(r"^(\(\S+ pid=\d+\) )?(INFO|WARNING) ")  # may speak of e
 
 def error_line(log: Path) -> str:
     """Return the line of the engine's log that names the cause of its end, or what is known without one."""
-    written = log.read_text(errors="replace").splitlines()
+    with log.open("rb") as stream:
+        stream.seek(max(0, stream.seek(0, 2) - LAST_BYTES))
+        written = stream.read(LAST_BYTES).decode(errors="replace").splitlines()
     lines = [_PREFIX.sub("", line).strip() for line in written]
     errors = [
         line for line, whole in zip(lines, written, strict=True) if _ERROR.search(line) and not _HARMLESS.match(whole)
@@ -56,13 +60,13 @@ class Tail:
         self._read = 0
 
     def lines(self) -> list[str]:
-        """Return the lines that are new since the last call."""
+        """Return lines that are new since the last call, none if there are none; there may be more where there were."""
         with self._log.open("rb") as stream:
             if stream.seek(0, 2) < self._read:  # somebody has cut it off, as logrotate's copytruncate does
                 self._read = 0
             stream.seek(self._read)
-            new = stream.read()
-        complete = new[: new.rfind(b"\n") + 1]
+            new = stream.read(MOST_BYTES)
+        complete = new if len(new) == MOST_BYTES and b"\n" not in new else new[: new.rfind(b"\n") + 1]
         self._read += len(complete)
         return complete.decode(errors="replace").splitlines()
 

@@ -6,20 +6,23 @@ import http.client
 import json
 import os
 import shlex
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+from ascend.errors import UserError
 from convert.demo_config import NOTE
 from serve.state import printable
-from serve.watch.process import EngineProcess
-from serve.watch.progress import ANSWERING, Progress, error_line
+from serve.watch.progress import ANSWERING, Progress
 
 QUESTION = "What is a normal resting heart rate for an adult?"
 ANSWER_TOKENS = 24
 POLL_SECONDS = 0.2
+SETTLE_SECONDS = 0.5
+T = TypeVar("T")
 ANY_ADDRESS = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # where a server that listens everywhere is reached from here
 
 
@@ -66,28 +69,48 @@ class Server:
         return {"model": self.name, **asked, "max_tokens": ANSWER_TOKENS, "temperature": 0}
 
 
-def wait_until_it_answers(
-    server: Server, engine: EngineProcess, progress: Progress, timeout: float, look: Callable[[], object]
-) -> str:
-    """Return the text of the first answer. Raises `EngineError` if the engine ends or ``timeout`` seconds pass.
+def wait_until_it_answers(server: Server, progress: Progress, timeout: float, look: Callable[[], object]) -> str:
+    """Return the text of the first answer. Raises `EngineError` if ``timeout`` seconds pass.
 
-    look: is called again and again meanwhile; what it raises ends the waiting.
+    look: is called again and again meanwhile; what it raises ends the waiting, as for an engine that has ended.
     """
     deadline = time.monotonic() + timeout
     while True:
         look()
         progress.update()
-        if engine.poll() is not None:
-            progress.close()
-            raise EngineError(f"the engine did not start: {error_line(server.log)}")
         left = deadline - time.monotonic()
         if left <= 0:
             stage, _ = progress.close()[-1]
             raise EngineError(f"no answer after {timeout:.0f} s, the last stage was '{stage}'; --timeout allows more")
-        answer = _ask(server, progress, left)
+        answer = meanwhile(lambda: _ask(server, progress, left), look)  # noqa: B023 - it ends within this round
         if answer is not None:
             return answer
         time.sleep(POLL_SECONDS)
+
+
+def meanwhile(work: Callable[[], T], look: Callable[[], object]) -> T:
+    """Return what ``work`` returns, or raise what it raises; until then ``look`` is called, and ends the waiting if it
+    raises: work that waits for an engine which does not answer is left behind in its thread.
+    """
+    done: list[T] = []
+    failed: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            done.append(work())
+        except BaseException as error:
+            failed.append(error)
+
+    thread = threading.Thread(target=run, name="request", daemon=True)
+    thread.start()
+    while thread.is_alive():
+        thread.join(POLL_SECONDS)
+        look()
+    if failed:
+        time.sleep(SETTLE_SECONDS)  # an engine that ends takes its answers along: that it ended says more
+        look()
+        raise failed[0]
+    return done[0]
 
 
 def call(
@@ -163,6 +186,20 @@ def announce(server: Server, answer: str, canary: str, stages: Sequence[tuple[st
     print(f"  curl -s {server.base_url}{server.endpoint} -H 'Content-Type: application/json' -d {shlex.quote(body)}")
     print(f"log:      {server.log}")
     print("Ctrl-C stops it.", flush=True)
+
+
+def remove_ready_file(path: Path) -> None:
+    """Remove what a launcher that was killed has left, before a start. Raises `UserError` if none can be written."""
+    try:
+        path.unlink(missing_ok=True)
+    except OSError as error:
+        raise UserError(f"--ready-file {path}: cannot be replaced ({error.strerror}): name a file") from None
+    if not path.parent.is_dir():
+        raise UserError(f"--ready-file {path}: there is no directory {path.parent}: make it first")
+    if not os.access(path.parent, os.W_OK | os.X_OK):
+        raise UserError(
+            f"--ready-file {path}: nothing can be written in {path.parent}: name another, or change its rights"
+        )
 
 
 def write_ready_file(path: Path, server: Server, stages: Sequence[tuple[str, float]]) -> None:

@@ -9,32 +9,41 @@ start ─► a real answer ─► the canary ─► announce ─► watch ─┬
 from __future__ import annotations
 
 import contextlib
+import secrets
 import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 from typing import NoReturn
 
 from convert.demo_config import NOTE
 from serve.demo import build_demo
 from serve.engine import EngineCommand
 from serve.nodes.link import NodeLink
+from serve.plugin.log_format import MARK
 from serve.plugin.middleware import STOPPING_FILE, stopping_file
 from serve.settings import LaunchSettings
 from serve.watch.canary import CanaryError, check_canary
 from serve.watch.events import EventLog
 from serve.watch.fault_log import FaultLog
 from serve.watch.heartbeat import Heartbeat
+from serve.watch.logs import keep_logs, limit_log
 from serve.watch.process import GRACE_SECONDS, LOADING_GRACE_SECONDS, EngineProcess, Guard
 from serve.watch.progress import COMPARING, Progress, error_line
-from serve.watch.ready import EngineError, FinalError, Server, announce, wait_until_it_answers, write_ready_file
+from serve.watch.ready import (
+    EngineError,
+    FinalError,
+    Server,
+    announce,
+    meanwhile,
+    wait_until_it_answers,
+    write_ready_file,
+)
 from serve.watch.restarts import Restarts
 from serve.watch.stopping import Stopped, StopSignals
 from serve.watch.systemd import feed_watchdog, notify
 
 POLL_SECONDS = 0.2
-KEPT_LOGS = 5  # of engines that died, engine-PORT.log.1 the latest: what happened is found out afterwards
 # Between refusing new requests and SIGTERM: what had come before is by then with the engine, which finishes it.
 ADMITTED_SECONDS = 1.0
 TOLD_SECONDS = 2.0  # for the API server to tell its clients that the engine behind it is gone
@@ -74,7 +83,8 @@ class _Supervisor:
         self._link = link
         self._server = server
         self._stopping = stopping_file(server.log.parent, server.port)
-        self._command = replace(command, environment={**command.environment, STOPPING_FILE: str(self._stopping)})
+        own = {STOPPING_FILE: str(self._stopping), MARK: secrets.token_hex(8)}
+        self._command = replace(command, environment={**command.environment, **own})
         self._settings = settings
         self._guard = guard
         self._signals = signals
@@ -97,11 +107,13 @@ class _Supervisor:
                 self._wait_after(failure)
                 started_at = time.time()
         except (EngineError, OSError) as failure:  # OSError: the disk is full, or somebody took the directory away
+            self._signals.close()
             self._events.write("end", code=1, reason=str(failure))
             self._link.close(str(failure))
             print(f"error: {failure}; its log: {self._server.log}", file=sys.stderr)
             return 1
         except Stopped as stopped:
+            self._signals.close()
             code = 0 if self._was_ready else 128 + stopped.signum
             self._events.write("end", code=code, reason=f"signal {stopped.signum}")
             print("stopped, with all its processes", file=sys.stderr)
@@ -114,14 +126,15 @@ class _Supervisor:
         engine = None
         grace = LOADING_GRACE_SECONDS
         at_once = False
-        self._keep_logs()
+        self._stopping.unlink(missing_ok=True)  # of a launcher that was killed while it drained
+        keep_logs(self._server.log)
         try:
             with self._signals.held():
                 engine = EngineProcess(self._command, self._server.log, self._guard)
             self._events.write("start", device=self._server.device, model=self._server.name)
             log = FaultLog(self._server, self._command, self._events)
             try:
-                self._make_ready(engine, started_at)
+                self._make_ready(engine, log, started_at)
                 self._watch(engine, log)
             except EngineError as failure:
                 explained = log.explain(failure)
@@ -139,12 +152,19 @@ class _Supervisor:
                 self._retract()
                 if engine:
                     engine.end(grace, lambda: at_once or self._signals.again())
-                self._stopping.unlink(missing_ok=True)
+                with contextlib.suppress(OSError):  # the next start removes it, or says that it cannot
+                    self._stopping.unlink(missing_ok=True)
 
-    def _make_ready(self, engine: EngineProcess, started_at: float) -> None:
+    def _make_ready(self, engine: EngineProcess, log: FaultLog, started_at: float) -> None:
         progress = Progress(self._server.log, started_at)
+
+        def look() -> None:
+            self._look_around(log)
+            if engine.poll() is not None:
+                raise EngineError(f"the engine did not start: {error_line(self._server.log)}")
+
         try:
-            said = self._wait_for_node_0(engine, progress) if self._settings.node_rank else self._ask(engine, progress)
+            said = self._wait_for_node_0(look, progress) if self._settings.node_rank else self._ask(look, progress)
         finally:
             stages = progress.close()
         seconds = sum(seconds for _, seconds in stages)
@@ -161,26 +181,26 @@ class _Supervisor:
         self._link.tell_ready()
         notify("READY=1")
 
-    def _ask(self, engine: EngineProcess, progress: Progress) -> tuple[str, str]:
+    def _ask(self, look: Callable[[], object], progress: Progress) -> tuple[str, str]:
         """Return the first answer, and what the canary has to say."""
-        answer = wait_until_it_answers(self._server, engine, progress, self._settings.timeout, self._look_at_nodes)
+        answer = wait_until_it_answers(self._server, progress, self._settings.timeout, look)
         progress.enter(COMPARING)
-        return answer, check_canary(self._server, engine, self._settings)
+        return answer, meanwhile(lambda: check_canary(self._server, self._settings), look)
 
-    def _wait_for_node_0(self, engine: EngineProcess, progress: Progress) -> tuple[str, str]:
+    def _wait_for_node_0(self, look: Callable[[], object], progress: Progress) -> tuple[str, str]:
         """On another node: nothing can be asked here."""
         deadline = time.monotonic() + self._settings.timeout
         while not self._link.is_ready():
             progress.update()
-            self._look_at_nodes()
-            if engine.poll() is not None:
-                raise EngineError(f"the engine did not start: {error_line(self._server.log)}")
+            look()
             if time.monotonic() > deadline:
                 raise EngineError(f"node 0 did not answer within {self._settings.timeout:.0f} s; --timeout allows more")
             time.sleep(POLL_SECONDS)
         return "", ""
 
-    def _look_at_nodes(self) -> None:
+    def _look_around(self, log: FaultLog) -> None:
+        log.follow()
+        limit_log(self._server.log)
         if lost := self._link.lost():
             raise FinalError(f"{lost}; all nodes end with it")
 
@@ -192,8 +212,7 @@ class _Supervisor:
             heartbeat = Heartbeat(self._server, self._settings.engine, self._settings.hang)
         try:
             while (code := engine.poll()) is None:
-                log.follow()
-                self._look_at_nodes()
+                self._look_around(log)
                 if part := engine.lost_part():
                     self._retract()
                     self._sleep(TOLD_SECONDS, until=lambda: engine.poll() is not None)
@@ -252,11 +271,8 @@ class _Supervisor:
     def _retract(self) -> None:
         self._is_ready = False
         if self._settings.ready_file and self._was_ready:
-            self._settings.ready_file.unlink(missing_ok=True)
-
-    def _keep_logs(self) -> None:
-        self._stopping.unlink(missing_ok=True)  # of a launcher that was killed while it drained
-        names = [self._server.log, *(Path(f"{self._server.log}.{number}") for number in range(1, KEPT_LOGS + 1))]
-        for older, newer in zip(reversed(names), reversed(names[:-1]), strict=False):
-            if newer.exists():
-                newer.rename(older)
+            try:
+                self._settings.ready_file.unlink(missing_ok=True)
+            except OSError as error:  # running requests are finished all the same
+                told = f"{self._settings.ready_file}: cannot be removed ({error.strerror}), and is not true any more"
+                print(told, file=sys.stderr, flush=True)
