@@ -95,3 +95,10 @@ def test_it_bounds_what_it_reads_and_survives_what_is_no_json() -> None:
     assert send(b'{"$ref": ')[0] == 200
     assert wrong_with(b'{"$ref":' + b"[" * 100_000) is not None
     assert wrong_with(b'{"$ref":' * 150 + b"1" + b"}" * 150) is not None
+
+
+def test_the_operator_may_allow_longer_prompts(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = json.dumps({"model": "m", "prompt": [1] * 2000, "prompt_logprobs": 5}).encode()
+    assert "ANTANGELMED_PROMPT_LOGPROBS" in str(wrong_with(asked))
+    monkeypatch.setenv("ANTANGELMED_PROMPT_LOGPROBS", "2000")
+    assert wrong_with(asked) is None
