@@ -150,10 +150,10 @@ def _in_words(sharding: Sharding) -> str:
 
 
 def _names(names: Sequence[str]) -> str:
-    """Names with what they begin with in common said once: 910B1/2/3."""
-    first = names[0]
-    if all(name[:-1] == first[:-1] for name in names):
-        return first[:-1] + "/".join(name[-1] for name in names)
+    """The names; of one family its name once: 910B1/2/3."""
+    common = names[0][:4]  # "910B", "H200"
+    if len(names) > 1 and all(name.startswith(common) for name in names):
+        return common + "/".join(name[4:] for name in names)
     return ", ".join(names)
 
 

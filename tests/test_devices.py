@@ -398,6 +398,7 @@ def test_cpu_streams_and_capture_run_eagerly():
     assert CPU.torch_device == torch.device("cpu")
 
 
+@pytest.mark.slow
 def test_bandwidth_is_measured_from_memory():
     """Against one read of another array timed here; the bounds are wide because neighbours halve either figure."""
     data = torch.ones(2**26)

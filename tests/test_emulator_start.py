@@ -81,6 +81,7 @@ def test_a_torch_without_a_torch_npu_is_told(monkeypatch: pytest.MonkeyPatch) ->
     assert "no torch-npu for torch 2.9.1; install torch 2.10.0 or 2.13.0" in tiny.user_error(package.version)
 
 
+@pytest.mark.slow
 def test_without_an_index_the_user_is_told_what_to_do(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setenv("PIP_NO_INDEX", "1")
@@ -92,6 +93,7 @@ def test_without_an_index_the_user_is_told_what_to_do(monkeypatch: pytest.Monkey
     assert list((tmp_path / "antangelmed" / "torch_npu").iterdir()) == []
 
 
+@pytest.mark.slow
 def test_the_runtime_is_built_once_and_answers_by_name(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     installed = package.folder(package.version())
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))

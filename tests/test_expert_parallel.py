@@ -157,12 +157,14 @@ def examples(count: int) -> settings:
     return settings(max_examples=count, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
+@pytest.mark.slow
 @examples(60)
 @given(case=cases(2))
 def test_two_ranks(two: Ranks, case: Case) -> None:
     _check(two, case)
 
 
+@pytest.mark.slow
 @examples(60)
 @given(case=cases(4))
 def test_four_ranks(four: Ranks, case: Case) -> None:

@@ -103,7 +103,7 @@ def test_the_real_model_from_its_config(flash):
     for part in (
         "102.89 B total, 6.15 B active",
         "131,072 tokens (yarn, factor 4 on 32768)",
-        "910B1/2/3",
+        "910B1/2/2C/3/4-1 ",
         "As w4a16",
     ):
         assert part in text
@@ -124,7 +124,7 @@ def test_planned_bytes_are_those_of_the_tensors(tmp_path, mtp_layers):
 def test_it_fits_a_screen(tiny, flash, tmp_path):
     for report in (inspect(tiny), inspect(flash), inspect(quantised_checkpoint(tiny, tmp_path / "q", "w8a8"))):
         lines = page(report).splitlines()
-        assert len(lines) <= 45
+        assert len(lines) <= 50
         assert max(map(len, lines)) <= 100
 
 

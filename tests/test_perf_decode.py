@@ -319,6 +319,7 @@ def test_a_model_too_large_is_refused_before_it_starts() -> None:
     assert float(line.split()[2]) == pytest.approx(104.2 + 6.44, rel=3e-3)
 
 
+@pytest.mark.slow
 def test_a_round_that_says_nothing_is_left_out_for_all(
     known: type[Known], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

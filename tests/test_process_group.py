@@ -219,6 +219,7 @@ def _end_when_lost(group: Group) -> None:
         raise
 
 
+@pytest.mark.slow
 def test_rank_0_ends_after_the_others_know() -> None:
     with Ranks(4, TIMEOUT) as ranks:
         ranks.send(_end_when_lost, [()] * 4, range(4))
@@ -248,6 +249,7 @@ def _wrong_shape(group: Group) -> None:
     group.all_to_all(torch.ones(3), [3], [3])
 
 
+@pytest.mark.slow
 def test_an_error_that_is_no_loss_stays_itself(four: Ranks) -> None:
     four.send(_wrong_shape, [()] * 4, range(4))
     for rank in range(4):
@@ -257,6 +259,7 @@ def test_an_error_that_is_no_loss_stays_itself(four: Ranks) -> None:
     four.call(_collectives, torch.float32, 3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("rank", "missing"), [(0, "rank 1 of 2"), (1, "rank 0 of 2")])
 def test_rank_that_does_not_come_to_the_start_is_named(rank: int, missing: str) -> None:
     begun = time.monotonic()

@@ -18,6 +18,7 @@ from perf.rates import read_rate, seconds
 # Rates and power.
 
 
+@pytest.mark.slow
 def test_rates_are_those_of_the_device() -> None:
     device = CpuDevice()
     took = seconds(device, lambda: time.sleep(0.01), passes=2)
