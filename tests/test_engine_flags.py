@@ -148,6 +148,20 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         {"compilation-config": {"cudagraph_mode": "FULL_DECODE"}},
         {"compilation-config": {"cudagraph_mode": "full_decode_only"}},
     ),
+    "sizes-twice": (
+        {"cudagraph-capture-sizes": [1, 2], "compilation-config": {"cudagraph_capture_sizes": [1, 2]}},
+        {"cudagraph-capture-sizes": [1, 2], "compilation-config": {"cudagraph_mode": "FULL"}},
+    ),
+    "largest-graph": (
+        {"max-cudagraph-capture-size": 4, "compilation-config": {"cudagraph_capture_sizes": [1, 2]}},
+        {"max-cudagraph-capture-size": 2, "compilation-config": {"cudagraph_capture_sizes": [1, 2]}},
+    ),
+    "random-weights": ({"load-format": "dummy"}, {"load-format": "safetensors"}),
+    "pickled-weights": ({"load-format": "pt"}, {"load-format": "auto"}),
+    "logprobs": ({"max-logprobs": -1}, {"max-logprobs": 1000}),
+    "executor": ({"distributed-executor-backend": "ray"}, {"distributed-executor-backend": "mp"}),
+    "sleep": ({"enable-sleep-mode": True}, {"enable-sleep-mode": False}),
+    "lora": ({"enable-lora": True}, {"enable-lora": False}),
     "rope-theta": (
         {"hf-overrides": {"rope_parameters": {"rope_type": "yarn", "truncate": True}}},
         {"hf-overrides": {"rope_parameters": YARN}},

@@ -16,6 +16,7 @@ from serve.engine_flags.additional_config import check_additional_config
 
 _TND_TOKENS = 16  # attention/attention_v1.py:251
 _BLOCK = 128  # tokens; utils.py:1369
+_MOST_LOGPROBS = 1000
 _GRAPH_MODES = ("NONE", "PIECEWISE", "FULL", "FULL_DECODE_ONLY", "FULL_AND_PIECEWISE")
 _NO_FP8 = ("fp8", "fp8_e4m3", "fp8_e5m2", "fp8_inc")
 
@@ -137,6 +138,17 @@ def _unchunked(a: Asked) -> bool:
     return a.settings.get("enable-chunked-prefill") is False and tokens < length
 
 
+def _capture_sizes(a: Asked) -> list[int]:
+    sizes = a.inside("compilation-config.cudagraph_capture_sizes")
+    return sizes if isinstance(sizes, list) and all(type(size) is int for size in sizes) else []
+
+
+def _largest_graph(a: Asked) -> bool:
+    asked = a.settings.get("max-cudagraph-capture-size", a.inside("compilation-config.max_cudagraph_capture_size"))
+    sizes = _capture_sizes(a)
+    return asked is not None and bool(sizes) and asked != max(sizes)
+
+
 RULES = (
     Rule("heads", _heads, "--tensor-parallel-size does not divide the model's attention heads: take a power of two",
          "vLLM config/model.py verify_with_parallel_config", _ALL),
@@ -155,6 +167,26 @@ RULES = (
     Rule("graph-mode", lambda a: str(a.inside("compilation-config.cudagraph_mode", "NONE")).upper() not in _GRAPH_MODES,
          f"--compilation-config: cudagraph_mode is one of {', '.join(_GRAPH_MODES)}",
          "vLLM config/compilation.py, CUDAGraphMode", _ALL),
+    Rule("sizes-twice", lambda a: a.on("cudagraph-capture-sizes") and _capture_sizes(a), "--cudagraph-capture-sizes: "
+         "--compilation-config has sizes, too, the plan's if not yours: give yours in it, with cudagraph_mode",
+         "vLLM engine/arg_utils.py", _ALL),
+    Rule("largest-graph", _largest_graph, "--max-cudagraph-capture-size must be the largest of cudagraph_capture_sizes "
+         "in --compilation-config, the plan's if there are none of yours: leave it out", "vLLM config/vllm.py", _ALL),
+    Rule("random-weights", lambda a: a.settings.get("load-format") == "dummy", "--load-format dummy: the weights would "
+         "be random, and so would what is told of patients: leave it out", "nobody", _ALL),
+    Rule("pickled-weights", lambda a: a.settings.get("load-format") in ("pt", "npcache", "tensorizer"),
+         "--load-format: files of this format can run code when they are read: leave it out, for safetensors",
+         "vLLM model_executor/model_loader", _ALL),
+    Rule("logprobs", lambda a: not 0 <= _number(a.settings.get("max-logprobs")) <= _MOST_LOGPROBS,
+         f"--max-logprobs: one request could ask for the whole vocabulary at every token, and hold up the others: take "
+         f"0 to {_MOST_LOGPROBS}", "vLLM config/model.py: -1 is no limit", _ALL),
+    Rule("executor", lambda a: a.settings.get("distributed-executor-backend") not in (None, "mp", "uni"),
+         "--distributed-executor-backend: only processes of this machine (mp) are watched and ended together: leave it "
+         "out; --nodes is for several servers", "nobody", _ALL),
+    Rule("sleep", lambda a: a.on("enable-sleep-mode"), "--enable-sleep-mode: what puts it to sleep is open to every "
+         "client, and so is turned off here: leave it out", "vLLM entrypoints/serve/sleep, VLLM_SERVER_DEV_MODE", _ALL),
+    Rule("lora", lambda a: a.on("enable-lora"), "--enable-lora: the plan has no memory for adapters, and nothing "
+         "vouches for them: merge one into the weights, and convert those", "nobody", _ALL),
     Rule("rope-theta", lambda a: a.rope and "rope_theta" not in a.rope, "--hf-overrides: rope settings without "
          "'rope_theta' rotate with 10000 instead of the model's: copy it from config.json into them",
          "nobody; vLLM rotary_embedding/__init__.py:64", _ALL),
