@@ -11,7 +11,14 @@ EXIT_USER_ERROR = 2
 
 
 class UserError(ValueError):
-    """A mistake of the user's or of the machine's: one line that says what is wrong, where, and what to do."""
+    """A mistake of the user's or of the machine's: one line that says what is wrong, where, and what to do.
+
+    Names and values in it are as somebody wrote them; what would break the line or steer a terminal is escaped.
+    """
+
+    def __str__(self) -> str:
+        text = super().__str__()
+        return "".join(one if one.isprintable() else one.encode("unicode_escape").decode() for one in text)
 
 
 def suggest(word: str, known: Iterable[str]) -> str:

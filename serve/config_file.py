@@ -7,7 +7,8 @@ So a value in a file is checked by the very code that checks the flag, and the c
     engine-flags: {seed: 1, hf-overrides: {rope_parameters: {…}}}    # what would stand after '--'
     environment: {HCCL_BUFFSIZE: "200"}                              # of the engine
 
-Paths in it are relative to the file. Unknown keys are refused, and so are those that stand there twice.
+Paths in it are relative to the file. Unknown keys are refused, and so are those that stand there twice, also as `a-b`
+and `a_b`, and YAML's aliases, which nobody needs here and which a small file can make endless.
 """
 
 from __future__ import annotations
@@ -58,8 +59,7 @@ def read_config(path: Path, flags: Mapping[str, Action]) -> ConfigFile:
     names = {flag[2:] for flag in flags if flag.startswith("--") and not flag.startswith("--no-")}
     names -= set(ONLY_ON_THE_COMMAND_LINE)
     arguments: list[str] = []
-    for key, value in content.items():
-        name = str(key).replace("_", "-")
+    for name, key, value in _entries(path, content):
         if name in (ENGINE_FLAGS, ENVIRONMENT):
             continue
         if name in ONLY_ON_THE_COMMAND_LINE:
@@ -70,15 +70,41 @@ def read_config(path: Path, flags: Mapping[str, Action]) -> ConfigFile:
             raise UserError(f"{path}: '{key}' is one value, not a {'mapping' if isinstance(value, dict) else 'list'}")
         if value is None:
             continue
+        text = _text(path, key, value)
         if name in PATHS:
-            value = os.path.join(os.path.abspath(path.parent), str(value))
+            value = os.path.join(os.path.abspath(path.parent), text)
         is_switch = flags[f"--{name}"].nargs == 0
         if is_switch != isinstance(value, bool):
             raise UserError(f"{path}: '{key}' is {value!r}, it must be {'true or false' if is_switch else 'a value'}")
         arguments += as_flags({name: value})
-    return ConfigFile(
-        str(path), arguments, as_flags(_mapping(path, content, ENGINE_FLAGS)), _environment(path, content)
-    )
+    engine_flags = {name: value for name, _, value in _entries(path, _mapping(path, content, ENGINE_FLAGS))}
+    for name, value in engine_flags.items():
+        for one in value if isinstance(value, list) else [value]:
+            _text(path, name, one)
+    return ConfigFile(str(path), arguments, as_flags(engine_flags), _environment(path, content))
+
+
+def _entries(path: Path, content: Mapping[Any, Any]) -> list[tuple[str, Any, Any]]:
+    """Names as the flags have them, keys as they stand there, and values. Raises `UserError` for two of one name."""
+    keys: dict[str, Any] = {}
+    for key in content:
+        name = str(key).replace("_", "-")
+        if name in keys:
+            raise UserError(f"{path}: '{keys[name]}' and '{key}' are the same: keep one of them")
+        keys[name] = key
+    return [(name, key, content[key]) for name, key in keys.items()]
+
+
+def _text(path: Path, name: str, value: Any) -> str:
+    """The value as a program's argument. Raises `UserError` for what cannot be one."""
+    try:
+        text = json.dumps(value) if isinstance(value, (dict, list)) else str(value)
+        text.encode()
+    except (TypeError, ValueError, RecursionError):
+        raise UserError(f"{path}: '{name}' is no text, number or JSON") from None
+    if "\0" in text or isinstance(value, (bytes, set)):
+        raise UserError(f"{path}: '{name}' is {type(value).__name__} that no program takes: write text")
+    return text
 
 
 def as_flags(settings: Mapping[str, Any]) -> list[str]:
@@ -104,14 +130,20 @@ def _content(path: Path) -> dict[Any, Any]:
         ) from None
 
     class Loader(yaml.SafeLoader):
-        """Refuses a key that stands there twice; YAML's own rule takes the last in silence."""
+        """Refuses aliases, and a key that stands there twice; YAML's own rule takes the last in silence."""
 
         def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
-            keys = [key.value for key, _ in node.value]
+            keys = [key.value for key, _ in node.value] if isinstance(node, yaml.MappingNode) else []
             twice = next((key for key in keys if keys.count(key) > 1), None)
             if twice is not None:
                 raise UserError(f"{path}, line {node.start_mark.line + 1}: '{twice}' stands there twice")
             return super().construct_mapping(node, deep)
+
+        def compose_node(self, parent: Any, index: Any) -> Any:
+            if self.check_event(yaml.AliasEvent):
+                line = self.peek_event().start_mark.line + 1
+                raise UserError(f"{path}, line {line}: aliases are not read: write it out")
+            return super().compose_node(parent, index)
 
     try:
         with path.open("rb") as stream:
@@ -121,17 +153,19 @@ def _content(path: Path) -> dict[Any, Any]:
         content = yaml.load(text.decode(), Loader)
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from None
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError, ValueError) as error:
+    except (yaml.YAMLError, RecursionError, ValueError, TypeError, AttributeError, LookupError) as error:
         if isinstance(error, UserError):
             raise
         raise UserError(f"{path}: not readable as YAML ({' '.join(str(error).split())[:200]})") from None
     if not isinstance(content, dict):
         raise UserError(f"{path}: it must be a mapping of flags to values, such as 'port: 8123'")
+    if odd := next((key for key in content if not isinstance(key, str)), None):
+        raise UserError(f"{path}: unknown key {odd!r}")
     return content
 
 
 def _mapping(path: Path, content: Mapping[Any, Any], key: str) -> dict[str, Any]:
-    given = next((value for name, value in content.items() if str(name).replace("_", "-") == key), None) or {}
+    given = next((value for name, _, value in _entries(path, content) if name == key), None) or {}
     if not isinstance(given, dict) or not all(isinstance(name, str) for name in given):
         raise UserError(f"{path}: '{key}' must be a mapping of names to values")
     return given
@@ -142,5 +176,5 @@ def _environment(path: Path, content: Mapping[Any, Any]) -> dict[str, str]:
     for name, value in _mapping(path, content, ENVIRONMENT).items():
         if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name) or isinstance(value, (dict, list, bool)) or value is None:
             raise UserError(f"{path}: environment: {name!r} must be a variable's name with a text or a number")
-        environment[name] = str(value)
+        environment[name] = _text(path, name, value)
     return environment

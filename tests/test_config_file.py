@@ -86,7 +86,25 @@ def test_a_file_wins_over_a_profile(tmp_path: Path) -> None:
         ("- port", "it must be a mapping of flags to values"),
         ("{", "not readable as YAML"),
         ("port: !!python/object/apply:os.system [true]", "not readable as YAML"),
-        ("a: &a [*a]", "unknown key 'a'"),
+        ("a: &a [*a]", "line 1: aliases are not read"),
+        ("engine-flags: {a: &a [1], hf-overrides: {b: *a}}", "line 1: aliases are not read"),
+        ("max-num-seqs: 1\nmax_num_seqs: 2", "'max-num-seqs' and 'max_num_seqs' are the same"),
+        ("engine-flags: {max-logprobs: 1, max_logprobs: 2}", "'max-logprobs' and 'max_logprobs' are the same"),
+        ("engine_flags: {seed: 1}\nengine-flags: {seed: 2}", "'engine_flags' and 'engine-flags' are the same"),
+        ("port: !!map [b]", "not readable as YAML"),
+        ("port: !!set [b]", "not readable as YAML"),
+        ("port: !!omap [b]", "not readable as YAML"),
+        ("served-model-name: !!set {b}", "'served-model-name' is set that no program takes"),
+        ("served-model-name: !!binary AAAA", "'served-model-name' is bytes that no program takes"),
+        ('served-model-name: "a\\0b"', "'served-model-name' is str that no program takes"),
+        ('served-model-name: "\\ud800"', "'served-model-name' is no text"),
+        ('environment: {A: "a\\0b"}', "'A' is str that no program takes"),
+        ('engine-flags: {tokenizer-mode: "a\\0"}', "'tokenizer-mode' is str that no program takes"),
+        ('engine-flags: {stop: [a, "b\\0"]}', "'stop' is str that no program takes"),
+        ("engine-flags: {hf-overrides: {a: 2024-01-01}}", "'hf-overrides' is no text"),
+        (f"port: 0x{'f' * 9999}", "'port' is no text"),
+        ("2024-01-01: 1", "unknown key datetime.date(2024, 1, 1)"),
+        ("[a]: 1", "not readable as YAML"),
     ],
 )
 def test_a_mistake_in_a_file(tmp_path: Path, text: str, expected: str) -> None:
@@ -109,6 +127,49 @@ def test_a_file_that_is_none(tmp_path: Path) -> None:
     assert "unknown profile '../../etc/passwd'" in user_error(parse, ["--profile", "../../etc/passwd"])
 
 
+WORDS = [
+    "port: ",
+    "8123\n",
+    "a: ",
+    "model: ",
+    "engine-flags: ",
+    "environment: ",
+    "{",
+    "}",
+    "[",
+    "]",
+    ", ",
+    "x: 1",
+    "A",
+    "&a ",
+    "*a",
+    "<<: ",
+    "!!map ",
+    "!!set ",
+    "!!omap ",
+    "!!pairs ",
+    "!!binary ",
+    "!!timestamp ",
+    "!!int ",
+    "!!float ",
+    "!!str ",
+    "!!null ",
+    "!!bool ",
+    "? ",
+    ": ",
+    "- ",
+    "\n",
+    "\n  ",
+    "|\n  ",
+    "'",
+    '"',
+    "\\0",
+    "1e999",
+    "2024-01-01",
+    "~",
+    "--- ",
+    "%x ",
+]
 scalars = st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=8))
 names = st.sampled_from(["port", "model", "hang", "expert-parallel", "engine-flags", "environment", "cards", "x"])
 
@@ -132,6 +193,21 @@ def test_whatever_a_file_holds_there_are_settings_or_one_line(
         said = ""
         assert content.get("port") is None or int(str(content["port"])) == port
     assert "\n" not in said
+
+
+@settings(max_examples=80, suppress_health_check=[HealthCheck.too_slow])
+@given(st.lists(st.sampled_from(WORDS), min_size=1, max_size=9))
+def test_whatever_yaml_is_made_of_there_are_settings_or_one_line(
+    tmp_path_factory: pytest.TempPathFactory, words: list[str]
+) -> None:
+    file = tmp_path_factory.getbasetemp() / "words.yaml"
+    file.write_text("".join(words))
+    try:
+        found = str(parse(["--config", str(file)]).port)
+    except UserError as error:
+        found = str(error)
+    assert found
+    assert "\n" not in found
 
 
 def test_flags_of_settings() -> None:
