@@ -22,7 +22,7 @@ SYSTEM = {
     "/proc/self/limits": LIMITS,
     "/proc/net/tcp": """  sl  local_address rem_address   st
    0: 0100007F:1F90 00000000:0000 0A
-   1: 0100007F:411A 0100007F:8000 01
+   1: 0100007F:EA60 0100007F:8000 01
    2: 00000000:FFFF 00000000:0000 0A
 """,
     "/proc/sys/kernel/numa_balancing": "0\n",

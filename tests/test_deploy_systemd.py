@@ -31,6 +31,20 @@ def one(name: str) -> str:
     return value
 
 
+def interfaces(name: str) -> dict[str, str]:
+    """Which network a drop-in tells each library to use."""
+    words = shlex.split(" ".join(unit(UNIT.with_name(name)).get("Environment", [])))
+    return {key: value for key, _, value in (word.partition("=") for word in words) if key.endswith("_IFNAME")}
+
+
+def test_cards_of_one_server_meet_where_the_unit_lets_them() -> None:
+    lo = {"GLOO_SOCKET_IFNAME": "lo", "TP_SOCKET_IFNAME": "lo"}
+    assert interfaces("npu.conf") == {"HCCL_SOCKET_IFNAME": "=lo", **lo}
+    assert interfaces("cuda.conf") == {"NCCL_SOCKET_IFNAME": "=lo", **lo}
+    (unset,) = unit(UNIT.with_name("multi-node.conf"))["UnsetEnvironment"]
+    assert set(unset.split()) == interfaces("npu.conf").keys() | interfaces("cuda.conf").keys()
+
+
 UNIT_RULES: dict[str, Callable[[], bool]] = {
     "starts longer than the launcher tries": lambda: (
         seconds(one("TimeoutStartSec")) > max(SETTINGS.timeout, SLOWEST_LOAD_S)
@@ -56,6 +70,7 @@ UNIT_RULES: dict[str, Callable[[], bool]] = {
     "compiles where it may be run": lambda: (
         "TORCHINDUCTOR_CACHE_DIR=/var/cache/antangelmed/" in " ".join(unit()["Environment"])
     ),
+    "works where its state is": lambda: one("WorkingDirectory") == "/var/lib/antangelmed",
     "the engine may die": lambda: one("OOMPolicy") == "continue",
 }
 

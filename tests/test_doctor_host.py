@@ -161,7 +161,7 @@ def test_another_python(tmp_path, monkeypatch):
     assert told(packages.check_python, lay_out(tmp_path))[0].startswith("error Python 3.13.1")
 
 
-@pytest.mark.parametrize(("free", "level"), [(2**27, "error"), (2**32, "warning"), (2**40, "ok"), (None, "unknown")])
+@pytest.mark.parametrize(("free", "level"), [(2**27, "error"), (2**30, "warning"), (2**40, "ok"), (None, "unknown")])
 def test_room_on_the_disk(free, level, tmp_path):
     m = lay_out(tmp_path, "cpu")
     m.free_bytes = lambda folder: free

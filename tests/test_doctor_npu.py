@@ -1,5 +1,7 @@
 """`serve doctor` on Ascend: driver, CANN, packages, cards and links, each sick and well."""
 
+import json
+
 import pytest
 
 from serve.doctor import links, npu_cards, npu_driver, packages
@@ -73,6 +75,16 @@ SICK = {
             "error vllm-ascend is built",
         ),
         ("npu", {"files": {"/site/vllm_ascend/_build_info.py": None}}, "unknown whether vllm-ascend is built"),
+        (
+            "npu",
+            {
+                "files": {
+                    "/site/vllm_ascend/_build_info.py": None,
+                    "/site/vllm_ascend-0.23.0.post1.dist-info/direct_url.json": '{"url": 3}',
+                }
+            },
+            "unknown whether vllm-ascend is built",
+        ),
         ("npu", {"tools": {"npu-smi": None}}, "unknown whether vllm-ascend is built"),
     ],
     packages.check_triton: [
@@ -169,11 +181,13 @@ SICK = {
     links.check_hccl_port: [
         (
             "npu",
-            {**ETH0, "files": {"/proc/net/tcp": "head\n 0: 00000000:411A 00000000:0000 0A\n"}},
-            "error port 16666 is taken",
+            {**ETH0, "files": {"/proc/net/tcp": "head\n 0: 00000000:EA63 00000000:0000 0A\n"}},
+            "warning of HCCL's ports, 60003 is taken",
         ),
-        ("npu", {**ETH0, "files": {"/proc/net/tcp": None}}, "unknown whether port 16666 is free"),
-        ("npu", {**ETH0, "environ": {"HCCL_IF_BASE_PORT": "8080"}}, "error port 8080 is taken"),
+        ("npu", {**ETH0, "files": {"/proc/net/tcp": None}}, "unknown whether ports 60000 to 60015 are free"),
+        ("npu", {**ETH0, "environ": {"HCCL_IF_BASE_PORT": "8075"}}, "warning of HCCL's ports, 8080 is taken"),
+        ("npu", {**ETH0, "environ": {"HCCL_IF_BASE_PORT": "x"}}, "error HCCL_IF_BASE_PORT=x"),
+        ("npu", {**ETH0, "environ": {"HCCL_HOST_SOCKET_PORT_RANGE": "auto"}}, "note HCCL_HOST_SOCKET_PORT_RANGE=auto"),
     ],
     links.check_hccn: [
         ("npu", hccn(None), "unknown the cards' network ports (hccn_tool is not installed)"),
@@ -209,6 +223,29 @@ def test_detail_of_a_sick_card(tmp_path):
     }
     line = "error card 5 has health Alarm: 80E01801, node type=SOC, sensor type=Temperature (a major alarm"
     assert any(one.startswith(line) for one in told(npu_cards.check_health, lay_out(tmp_path, **changes)))
+
+
+@pytest.mark.parametrize(("codes", "nodes", "level"), [
+    ("81078603", 1, "warning"), ("0x81078603", 1, "warning"), ("81078603,80E01801", 1, "error"),
+    ("81078603", 2, "error"), ("NA", 1, "error"),
+])  # fmt: skip
+def test_an_alarm_of_a_network_that_is_not_used_stops_nothing(codes, nodes, level, tmp_path):
+    said = f"  Health Status : Alarm\n  Error Code : {codes}\n  Error Information : NA\n"
+    tools = {"npu-smi": {"info": "npu-smi-ours-alarm.txt", "info -t health*": (said, 0)}}
+    found = told(npu_cards.check_health, lay_out(tmp_path, tools=tools, asked={"nodes": nodes}, quick=True))
+    assert [line.split()[0] for line in found if "has health Alarm" in line] == [level]
+
+
+def test_an_editable_install_says_what_it_was_built_for(tmp_path):
+    source = tmp_path / "a source"
+    (source / "vllm_ascend").mkdir(parents=True)
+    (source / "vllm_ascend" / "_build_info.py").write_text("__device_type__ = 'A2'\n")
+    files = {
+        "/site/vllm_ascend/_build_info.py": None,
+        "/site/vllm_ascend-0.23.0.post1.dist-info/direct_url.json": json.dumps({"url": source.as_uri()}),
+    }
+    found = told(packages.check_wheel, lay_out(tmp_path / "machine", files=files))
+    assert found == ["ok vllm-ascend is built for A2"]
 
 
 @pytest.mark.parametrize(("visible", "cards"), [(None, {2, 5, 7}), ("0,1", set()), ("5", {5}), ("6,7", {7})])

@@ -75,7 +75,7 @@ def test_node_0_has_the_api_and_the_address() -> None:
         "VLLM_HOST_IP": "10.0.0.1",
         "GLOO_SOCKET_IFNAME": "roce0",
         "TP_SOCKET_IFNAME": "roce0",
-        "HCCL_SOCKET_IFNAME": "roce0",
+        "HCCL_SOCKET_IFNAME": "=roce0",
         "HCCL_IF_IP": "10.0.0.1",
     }
 

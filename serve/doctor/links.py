@@ -10,7 +10,9 @@ from serve.doctor.finding import Finding, error, note, ok, unknown, warning
 from serve.doctor.machine import Machine
 from serve.doctor.npu_cards import table
 
-HCCL_PORT = 16666  # HCCL's default on each card's host, HCCL_IF_BASE_PORT moves it
+# Where HCCL gathers its ranks on a host, unless HCCL_IF_BASE_PORT moves it (16 ports in CANN 8.0's page of that). 16666
+# is a port of the card's own network, which the host does not see.
+HCCL_PORT, HCCL_PORTS = 60000, 16
 # What tells each communication library which network to use, by device.
 SOCKETS = {
     "npu": ("HCCL_IF_IP", "HCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME", "TP_SOCKET_IFNAME"),
@@ -51,18 +53,28 @@ def _interfaces(m: Machine) -> list[Path]:
 
 
 def check_hccl_port(m: Machine) -> Iterator[Finding]:
-    """Whether the port that HCCL listens on is free."""
-    port = int(m.host.environ.get("HCCL_IF_BASE_PORT") or HCCL_PORT)
+    """Whether the ports of this host that HCCL listens on are free."""
+    if asked := m.host.environ.get("HCCL_HOST_SOCKET_PORT_RANGE"):
+        yield note(f"HCCL_HOST_SOCKET_PORT_RANGE={asked} says where HCCL listens", "it was not looked at")
+        return
+    base = m.host.environ.get("HCCL_IF_BASE_PORT") or str(HCCL_PORT)
+    if not (base.isdecimal() and 1024 <= int(base) <= 65520):
+        yield error(f"HCCL_IF_BASE_PORT={base}", "HCCL takes a number from 1024 to 65520", "unset it")
+        return
+    ports = range(int(base), int(base) + HCCL_PORTS)
+    shown = f"{ports[0]} to {ports[-1]}"
     tables = [m.host.text(f"/proc/net/{name}") for name in ("tcp", "tcp6")]
     if not any(tables):
-        yield unknown(f"whether port {port} is free", "/proc/net/tcp cannot be read")
+        yield unknown(f"whether ports {shown} are free", "/proc/net/tcp cannot be read")
         return
     lines = [line.split() for text in tables for line in text.splitlines()[1:]]
-    if any(len(row) > 3 and row[3] == LISTENING and int(row[1].rpartition(":")[2], 16) == port for row in lines):
-        why = "HCCL meets the other servers there (EI0006)"
-        yield error(f"port {port} is taken", why, "end what holds it (`ss -ltnp`), or set HCCL_IF_BASE_PORT everywhere")
+    held = {int(row[1].rpartition(":")[2], 16) for row in lines if len(row) > 3 and row[3] == LISTENING}
+    if taken := ", ".join(str(port) for port in ports if port in held):
+        why = "HCCL may want it to gather its ranks (EI0006, EI0019)"
+        remedy = "end what holds it (`ss -ltnp`), or set HCCL_IF_BASE_PORT on every server"
+        yield warning(f"of HCCL's ports, {taken} is taken", why, remedy)
     else:
-        yield ok(f"port {port} of HCCL is free")
+        yield ok(f"ports {shown} of HCCL are free")
 
 
 def check_hccn(m: Machine) -> Iterator[Finding]:

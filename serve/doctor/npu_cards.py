@@ -106,14 +106,16 @@ def check_health(m: Machine) -> Iterator[Finding]:
 
 
 def _sick(m: Machine, where: str, npu: int, health: str) -> Finding:
-    detail = ""
-    if not m.quick:
-        fields = npu_smi.parse_fields(m.run("npu-smi", "info", "-t", "health", "-i", str(npu)).text)
-        told = [fields.get(name, "NA") for name in ("Error Code", "Error Information")]
-        detail = ", ".join(text for text in told if text != "NA")
+    fields = npu_smi.parse_fields(m.run("npu-smi", "info", "-t", "health", "-i", str(npu)).text)
+    told = [fields.get(name, "NA") for name in ("Error Code", "Error Information")]
+    detail = ", ".join(text for text in told if text != "NA")
+    codes = re.findall(r"\b(?:0x)?([\dA-F]{8})\b", told[0], re.IGNORECASE)
+    shown = f"{health}: {detail}" if detail else health
+    if codes and m.asked.nodes == 1 and {code.upper() for code in codes} <= npu_smi.NETWORK_CODES:
+        why = "the network of the cards between servers, which one server does not use"
+        return warning(f"{where} has health {shown}", why, f"hccn_tool -i {npu} -link -g")
     remedy = f"`npu-smi info -t health -i {npu}` shows the codes; leave the card out, have it looked at"
     make = warning if health == "Warning" else error
-    shown = f"{health}: {detail}" if detail else health
     return make(f"{where} has health {shown}", f"{npu_smi.HEALTH[health]}; answers may be wrong", remedy)
 
 

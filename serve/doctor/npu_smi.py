@@ -19,6 +19,8 @@ HEALTH = {
     "UNKNOWN": "the device does not exist or is not started",
     "Offline": "the device is offline",
 }
+# Fault codes of a card's own network port. MindCluster, clusterd constant.LinkDownFaultCode: "parameter plane network".
+NETWORK_CODES = frozenset({"81078603"})
 # What it says instead of a table: pattern, meaning, what to do.
 SAYS = (
     (

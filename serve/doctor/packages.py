@@ -3,9 +3,13 @@ imported here, and Triton only in a process of its own."""
 
 from __future__ import annotations
 
+import json
 import re
 import sys
+import urllib.parse
 from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 from serve.doctor.finding import Finding, error, note, ok, unknown, warning
 from serve.doctor.holes import HOLES, SAME_CODE, known_holes, release
@@ -13,6 +17,7 @@ from serve.doctor.machine import Machine
 from serve.doctor.npu_cards import chip_family
 from serve.doctor.versions import LATEST, PAIRINGS, PYTHON, Pairing, is_same_release, pairing
 
+BUILD_INFO = "vllm_ascend/_build_info.py"
 TRITON_SECONDS = 60.0  # from a cold disk; imports without a card take one or two
 _BACKENDS = "import triton, triton.language; from triton.backends import backends; print('backends', *sorted(backends))"
 
@@ -135,10 +140,8 @@ def check_wheel(m: Machine) -> Iterator[Finding]:
     distribution = m.host.package("vllm-ascend")
     if distribution is None:
         return
-    try:
-        text = distribution.locate_file("vllm_ascend/_build_info.py").read_text(errors="replace")
-    except OSError:
-        text = ""
+    places = [distribution.locate_file(BUILD_INFO), Path(_editable(distribution)) / BUILD_INFO]
+    text = next((place.read_text(errors="replace") for place in map(Path, places) if place.is_file()), "")
     built = re.search(r"__device_type__\s*=\s*['\"](\w+)['\"]", text)
     chip = chip_family(m)
     if not built or chip is None:
@@ -149,6 +152,15 @@ def check_wheel(m: Machine) -> Iterator[Finding]:
     else:
         remedy = "wheels on PyPI are for A2 (910B); take the image of this chip, or build from source"
         yield error(f"vllm-ascend is built for {built[1]}, the cards are {chip}", "it stops at start", remedy)
+
+
+def _editable(distribution: Any) -> str:
+    """Where the source lies of what was installed with `pip install -e`, as in the official image (PEP 610)."""
+    try:
+        url = urllib.parse.urlsplit(json.loads(distribution.read_text("direct_url.json") or "{}").get("url", ""))
+    except (ValueError, AttributeError):
+        return ""
+    return urllib.parse.unquote(url.path) if url.scheme == "file" else ""
 
 
 def check_holes(m: Machine) -> Iterator[Finding]:

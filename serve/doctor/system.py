@@ -16,7 +16,7 @@ from serve.doctor.machine import Machine
 # has one worker. A container's default is 64 MiB.
 LEAST_SHM, GOOD_SHM = 256 * MiB, 2 * GiB
 LEAST_FILES, LEAST_PROCESSES = 8192, 4096
-LEAST_DISK, GOOD_DISK = 256 * MiB, 10 * GiB
+LEAST_DISK, GOOD_DISK, GOOD_TMP = 256 * MiB, 10 * GiB, 2 * GiB  # /tmp: kernels while they are compiled, no more
 SIZES = {"": 1, "k": 1024, "m": MiB, "g": GiB}
 LIMITS = "/proc/self/limits"
 ARCHITECTURES = ("x86_64", "aarch64")
@@ -86,13 +86,17 @@ def check_disk(m: Machine) -> Iterator[Finding]:
     home = environ.get("HOME", "/root")
     state = f"{environ.get('XDG_STATE_HOME') or f'{home}/.local/state'}/antangelmed"
     cache = environ.get("VLLM_CACHE_ROOT") or environ.get("XDG_CACHE_HOME") or f"{home}/.cache"
-    for what, folder in (("logs and state", state), ("compiled kernels", cache), ("temporary files", "/tmp")):
+    for what, folder, good in (
+        ("logs and state", state, GOOD_DISK),
+        ("compiled kernels", cache, GOOD_DISK),
+        ("temporary files", "/tmp", GOOD_TMP),
+    ):
         free = m.free_bytes(folder)
         if free is None:
             yield unknown(f"room for {what}", f"{folder} cannot be looked at")
         elif free < LEAST_DISK:
             yield error(f"{free / GiB:.2f} GiB free for {what} in {folder}", "a start fills it", "make room")
-        elif free < GOOD_DISK:
+        elif free < good:
             yield warning(f"{free / GiB:.1f} GiB free for {what} in {folder}", "it fills up in time", "make room")
         else:
             yield ok(f"{free / GiB:.0f} GiB free for {what} in {folder}")

@@ -85,7 +85,7 @@ def node_settings(settings: LaunchSettings, device: str, cards_per_node: int) ->
     if device == "cuda":
         environment["NCCL_SOCKET_IFNAME"] = f"={own.name}"  # without "=" it would be the beginning of a name
     if device == "npu":
-        environment["HCCL_SOCKET_IFNAME"] = own.name
+        environment["HCCL_SOCKET_IFNAME"] = f"={own.name}"  # as for NCCL; CANN 8.0 to 9.0, "HCCL_SOCKET_IFNAME"
         environment["HCCL_IF_IP"] = own.addresses[0]
     if settings.node_rank:
         flags["headless"] = True
