@@ -14,13 +14,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ascend.arguments import Parser
 from ascend.checkpoint import Checkpoint, open_checkpoint
 from ascend.errors import UserError
 from ascend.loader import CONFIGS, check_tensors
 from ascend.model import BailingMoeV2ForCausalLM
 from ascend.progress import Progress
 from ascend.stored import StoredWeight, stored_weights
-from convert.arguments import Parser
 from convert.calibration_forward import Observer, Threads, hidden_states, read_weight
 from convert.canary_record import CANARY, Canary, canary_prompts, canary_text, differences, noise_of
 from convert.manifest import MANIFEST, SIGNATURE, check_quick, read_manifest, summary, write_manifest, write_whole
@@ -36,7 +36,9 @@ TWINS = 4  # each rounded at another place: one alone may happen to keep, or to 
 
 def main(argv: Sequence[str]) -> int:
     """Run `python -m convert canary` with ``argv``."""
-    parser = Parser("canary", f"Write {CANARY}: log-probabilities that `serve` compares before a server is ready.")
+    parser = Parser(
+        "convert canary", f"Write {CANARY}: log-probabilities that `serve` compares before a server is ready."
+    )
     parser.add_argument("directory", metavar="DIR", type=Path, help="a checkpoint that is known to be good")
     parser.add_argument("--sign", metavar="KEY", type=Path, help="Ed25519 private key to sign the manifest with")
     parser.add_argument("--force", action="store_true", help="replace the record that is there")

@@ -14,10 +14,10 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from ascend.arguments import Parser
 from ascend.checkpoint import read_config
 from ascend.model_shape import ModelShape, context_limit
 from convert import cards
-from convert.arguments import Parser
 from convert.engine import Converted, Job, Steps, convert, prepare
 from convert.plan import Request
 from convert.quality import by_class, gigabytes, table
@@ -101,7 +101,7 @@ def _steps(args: argparse.Namespace, job: Job, texts: list[list[int]]) -> Steps:
 
 
 def _arguments(name: str, argv: Sequence[str]) -> argparse.Namespace:
-    parser = Parser(name, f"{TARGETS[name].what}. All or nothing; the same command goes on after a break.")
+    parser = Parser(f"convert {name}", f"{TARGETS[name].what}. All or nothing; the same command goes on after a break.")
     add = parser.add_argument
     add("source", metavar="SRC", help="a checkpoint: BF16, FP16, FP32, FP8 in blocks, compressed-tensors or ModelSlim")
     add("target", metavar="DST", help="a directory that does not exist yet; it appears when it is whole")

@@ -16,8 +16,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from ascend.arguments import Parser
 from ascend.errors import UserError, suggest
-from convert.arguments import Parser
 from convert.demo_config import CONFIG_ONLY, DTYPES, MARKER, NOTE, SIZES, demo_config, generation_config
 from convert.demo_tokenizer import to_json, tokenizer_files
 from convert.demo_weights import KINDS, write_weights
@@ -110,7 +110,7 @@ def is_demo(path: str | os.PathLike[str]) -> bool:
 
 def main(argv: Sequence[str]) -> int:
     """Run `python -m convert demo` with ``argv``."""
-    parser = Parser("demo", f"Write a demo checkpoint. {NOTE}")
+    parser = Parser("convert demo", f"Write a demo checkpoint. {NOTE}")
     parser.add_argument("dir", metavar="DIR", help="directory to make")
     parser.add_argument("--size", default="tiny", metavar="|".join(SIZES), help="ling-*: config and tokenizer only")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="chooses the weights (default 0)")

@@ -13,13 +13,13 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
+from ascend.arguments import Parser
 from ascend.checkpoint import INDEX, PICKLE_SUFFIXES, SINGLE, open_checkpoint, read_config
 from ascend.cost import ByPart, active_parameters, parameters, weight_bytes
 from ascend.errors import UserError
 from ascend.model_shape import ModelShape
 from ascend.precision import PRECISIONS, Precision
 from ascend.stored import PLAIN, stored_weights
-from convert.arguments import Parser
 from convert.cards import Fit, fits
 from convert.classes import CLASSES, layer_of, tensor_class
 from convert.inspect_page import page
@@ -106,7 +106,7 @@ def as_json(report: Report) -> dict[str, Any]:
 
 def main(argv: Sequence[str]) -> int:
     """Run `python -m convert inspect` with ``argv``."""
-    parser = Parser("inspect", "Describe a checkpoint, or what a config.json stands for, from headers alone.")
+    parser = Parser("convert inspect", "Describe a checkpoint, or what a config.json stands for, from headers alone.")
     parser.add_argument("path", metavar="DIR|config.json")
     parser.add_argument("--json", action="store_true", help="print one JSON document")
     args = parser.read(argv)

@@ -9,17 +9,19 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
+from ascend.arguments import Parser
 from ascend.checkpoint import open_checkpoint
 from ascend.errors import UserError
 from ascend.progress import Progress
-from convert.arguments import Parser
 from convert.manifest import MANIFEST, SIGNATURE, read_manifest, write_manifest
 
 
 def main(argv: Sequence[str]) -> int:
     """Run it; ``argv`` begins with the command's name."""
     command, *rest = argv
-    parser = Parser(command, "Write the manifest of a directory as it is: the SHA-256 and size of every file.")
+    parser = Parser(
+        f"convert {command}", "Write the manifest of a directory as it is: the SHA-256 and size of every file."
+    )
     parser.add_argument("directory", metavar="DIR", type=Path, help="a checkpoint that is known to be good")
     parser.add_argument("--sign", metavar="KEY", type=Path, help="Ed25519 private key to sign the manifest with")
     parser.add_argument("--force", action="store_true", help="replace the manifest, and the signature, that are there")

@@ -12,9 +12,9 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from ascend.arguments import Parser
 from ascend.errors import EXIT_USER_ERROR
 from ascend.progress import Progress
-from convert.arguments import Parser
 from convert.manifest import SIGNATURE, Manifest, check_full, check_quick, read_manifest
 
 MOST_LINES = 20
@@ -72,7 +72,9 @@ def _check_files(directory: Path, manifest: Manifest, quick: bool) -> list[str]:
 
 def main(argv: Sequence[str]) -> int:
     """Run `python -m convert verify` with ``argv``."""
-    parser = Parser("verify", "Check a directory against its manifest, and its weights against its config.json.")
+    parser = Parser(
+        "convert verify", "Check a directory against its manifest, and its weights against its config.json."
+    )
     parser.add_argument("directory", metavar="DIR", type=Path, help="a directory with a manifest.json")
     parser.add_argument("--key", metavar="PUB", type=Path, help="Ed25519 public key that must have signed the manifest")
     parser.add_argument("--quick", action="store_true", help="only the files' names, sizes and headers, no content")

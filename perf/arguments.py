@@ -1,33 +1,11 @@
-"""Reading command lines: what argparse would answer with its usage gets one line and a suggestion instead."""
+"""Values of this package's command lines, each checked before anything is measured."""
 
 from __future__ import annotations
 
-import argparse
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
-from typing import NoReturn
 
 from ascend.errors import UserError, suggest
-
-
-class Parser(argparse.ArgumentParser):
-    """An `argparse.ArgumentParser` whose complaints are `UserError`, without abbreviations of flags."""
-
-    def __init__(self, command: str, description: str) -> None:
-        super().__init__(prog=f"python -m perf {command}", description=description, allow_abbrev=False)
-
-    def error(self, message: str) -> NoReturn:
-        """Raise what argparse complains of."""
-        raise UserError(f"{message}; see {self.prog} --help")
-
-    def read(self, argv: Sequence[str]) -> argparse.Namespace:
-        """Parse the arguments. Raises `UserError` that suggests a known flag for an unknown one."""
-        args, unknown = self.parse_known_args(argv)
-        if unknown:
-            known = [option for action in self._actions for option in action.option_strings]
-            name = unknown[0].split("=")[0]  # a value may be a secret
-            raise UserError(f"unknown argument '{name}'{suggest(name, known)}; see {self.prog} --help")
-        return args
 
 
 def numbers(flag: str, text: str) -> list[int]:

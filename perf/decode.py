@@ -26,6 +26,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from ascend.arguments import Parser
 from ascend.cost import active_parameters, decode_work, parameters
 from ascend.devices import get_device
 from ascend.devices.base import Device
@@ -34,7 +35,7 @@ from ascend.errors import UserError
 from ascend.model_shape import ModelShape
 from ascend.precision import FP32, KV_DTYPES, PRECISIONS, Precision, precision
 from ascend.progress import Progress
-from perf.arguments import Parser, names, numbers, out_file
+from perf.arguments import names, numbers, out_file
 from perf.engines import ENGINES, Setting
 from perf.machine import this_run
 from perf.models import check_memory, open_model
@@ -371,7 +372,7 @@ def _print_more(row: DecodeRow, rows: list[DecodeRow], settings: DecodeSettings)
 
 
 def _parse(argv: Sequence[str]) -> argparse.Namespace:
-    parser = Parser("decode", "Decode speed of this engine and its peers; perf/README.md says how to read it.")
+    parser = Parser("perf decode", "Decode speed of this engine and its peers; perf/README.md says how to read it.")
     parser.add_argument("--model", required=True, help="checkpoint directory, or ling-flash … for random weights")
     parser.add_argument("--layers", type=int, help="of a model with random weights, only the first so many")
     parser.add_argument("--device", default="cpu", help=f"cpu, cuda[:i], npu[:i] or {EMULATED}")

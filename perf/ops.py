@@ -20,11 +20,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ascend.arguments import Parser
 from ascend.devices import get_device
 from ascend.devices.base import Device
 from ascend.devices.cpu import CpuDevice
 from ascend.errors import UserError
-from perf.arguments import Parser, names, numbers, out_file
+from perf.arguments import names, numbers, out_file
 from perf.machine import describe, this_run
 from perf.models import open_model
 from perf.rates import EMULATED_SHARE, matmul_rate, read_rate, seconds
@@ -267,7 +268,7 @@ def _line(row: OpsRow, ours: list[float]) -> None:
 
 
 def _parse(argv: Sequence[str]) -> argparse.Namespace:
-    parser = Parser("ops", "Each op of a decode step alone, against measured rates; ratio: times as slow as ours.")
+    parser = Parser("perf ops", "Each op of a decode step alone, against measured rates; ratio: times as slow as ours.")
     parser.add_argument("--model", required=True, help="ling-flash, ling-mini, small, tiny, or a directory: its shapes")
     parser.add_argument("--device", default="cpu", help=f"cpu, cuda[:i], npu[:i] or {EMULATED}")
     parser.add_argument("--tokens", default="1,8,32", help="rows decoded together, one or several")

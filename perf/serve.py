@@ -16,9 +16,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from ascend.arguments import Parser
 from ascend.errors import UserError, suggest
 from perf import machine, result
-from perf.arguments import Parser, numbers, out_file
+from perf.arguments import numbers, out_file
 from perf.load.checks import check, check_prefix_cache
 from perf.load.client import LoadClient, check_installed
 from perf.load.endpoint import KEY_VARIABLES, connect, prefix_cache_hits, read_key
@@ -94,7 +95,7 @@ def _progress(run: Point, repeats: int, measured: dict[str, Any]) -> None:
 
 
 def _parse(argv: Sequence[str]) -> argparse.Namespace:
-    parser = Parser("serve", __doc__ or "")
+    parser = Parser("perf serve", __doc__ or "")
     parser.add_argument("--base-url", default="http://127.0.0.1:8000", help="of the server; default %(default)s")
     parser.add_argument("--model", required=True, type=Path, metavar="DIR", help="the checkpoint that is served")
     parser.add_argument("--served-model-name", metavar="NAME", help="if the server calls it otherwise")

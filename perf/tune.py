@@ -14,11 +14,12 @@ from collections.abc import Callable, Iterator, Sequence
 from itertools import product
 from typing import TYPE_CHECKING, Any
 
+from ascend.arguments import Parser
 from ascend.devices import get_device
 from ascend.devices.base import Device
 from ascend.errors import UserError
 from convert.demo_config import SIZES, demo_config
-from perf.arguments import Parser, numbers
+from perf.arguments import numbers
 from perf.ops import FORMATS, TOLERANCE
 from perf.rates import read_rate, seconds
 
@@ -124,7 +125,9 @@ def _interpreted(case: Case) -> Callable[[Any, int], Any]:
 
 
 def _parse(argv: Sequence[str]) -> argparse.Namespace:
-    parser = Parser("tune", "Tile sizes of the experts' kernels, tried on this card: best first, and a line for TILES.")
+    parser = Parser(
+        "perf tune", "Tile sizes of the experts' kernels, tried on this card: best first, and a line for TILES."
+    )
     parser.add_argument("--model", default="ling-flash", choices=tuple(SIZES))
     parser.add_argument("--device", default="cuda", help="cuda[:i]; cpu with TRITON_INTERPRET=1, to see that it runs")
     parser.add_argument("--quantise", choices=FORMATS)

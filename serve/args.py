@@ -17,7 +17,6 @@ DTYPES = ("auto", "bfloat16", "float16", "float32")
 ENGINES = ("vllm", "sglang")
 VERIFY = ("auto", "quick", "full", "off")
 CANARY = ("auto", "off")
-SPECULATIVE = ("off", "ngram")
 KV_DTYPES = ("auto", "bf16", "fp8")
 
 # Engine flags that are refused after `--`, and why. vLLM accepts `_` for `-` and any unambiguous beginning of a flag.
@@ -79,6 +78,9 @@ def parse(arguments: Sequence[str]) -> LaunchSettings:
 
     Raises `UserError` for anything it does not know.
     """
+    if odd := next((word for word in arguments if "\0" in word), None):
+        name = odd.split("=")[0] if odd.startswith("-") else "a value"
+        raise UserError(f"{name} has a NUL character, which no program takes: leave it out")
     own, engine_flags = _split(arguments)
     parser = _parser()
     flags = {option: action for action in parser._actions for option in action.option_strings}
@@ -216,7 +218,11 @@ def _parser() -> argparse.ArgumentParser:
     add("--gpu-memory-utilization", type=_share, metavar="SHARE", help="of each card's memory")
     add("--kv-cache-dtype", choices=KV_DTYPES)
     add("--block-size", type=_positive, metavar="TOKENS")
-    add("--speculative", choices=SPECULATIVE)
+    add(
+        "--speculative",
+        metavar="off|ngram|ngram:K",
+        help="K drafts a step, found in what was there before; default: off",
+    )
 
     add = parser.add_argument_group("watching it").add_argument
     add(

@@ -8,19 +8,13 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Sequence
-from typing import NoReturn
 
-from ascend.errors import UserError, suggest
+from ascend.arguments import Parser
 from ascend.precision import PRECISIONS
 from serve.planning import Wanted, found_cards, make_plan, open_model, parse_cards
 from serve.planning.page import config_file, page
 
 DEFAULT_MODEL = "antangelmed"
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}; see `python -m serve plan --help`")
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -39,11 +33,7 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def _parse(arguments: Sequence[str]) -> argparse.Namespace:
-    parser = _Parser(
-        prog="python -m serve plan",
-        allow_abbrev=False,
-        description="Settings to serve a model with, each with its reason. What is not given is decided.",
-    )
+    parser = Parser("serve plan", "Settings to serve a model with, each with its reason. What is not given is decided.")
     add = parser.add_argument
     add("--model", default=DEFAULT_MODEL, metavar="DIR", help=f"directory or config.json; default: {DEFAULT_MODEL}")
     add("--cards", metavar="CARDS", help="such as 8x910B3-64G, 4xH20, cpu; default: those found here")
@@ -66,12 +56,7 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     add("--quantization", metavar="METHOD", help="of the engine, by name")
     add("--json", action="store_true", help="end with one line of JSON")
     add("--yaml", action="store_true", help="print a file for serve/launch.sh --config instead")
-    args, unknown = parser.parse_known_args(arguments)
-    if unknown:
-        known = [option for action in parser._actions for option in action.option_strings]
-        name = unknown[0].split("=")[0]
-        raise UserError(f"unknown argument '{name}'{suggest(name, known)}; see `{parser.prog} --help`")
-    return args
+    return parser.read(arguments)
 
 
 def _positive(text: str) -> int:

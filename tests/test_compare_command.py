@@ -120,7 +120,7 @@ def test_mistakes_get_one_line(files: Files, tmp_path: Path) -> None:
     older.write_text(json.dumps({"schema": 2, "kind": "serve", "run": {}, "settings": {}, "rows": []}))
     (alike,) = files(serve())
     twice = "two systems are both called '4 x NVIDIA H20, bf16'; name the files with --label, once for each file"
-    ends = "; see python -m perf compare --help"
+    ends = "; see `python -m perf compare --help`"
     unset = serve(max_concurrency=None)
     (without,) = files(unset)
     for arguments, line in (

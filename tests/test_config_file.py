@@ -221,3 +221,10 @@ def test_flags_of_settings() -> None:
         '{"x": 1}',
         "--f=-1",
     ]
+
+
+@pytest.mark.parametrize("words", [["--model", "a\0b"], ["--served-model-name=a\0"], ["--", "--seed", "1\0"]])
+def test_a_nul_on_the_command_line_is_one_line(words: list[str]) -> None:
+    with pytest.raises(UserError, match="NUL character") as caught:
+        parse(words)
+    assert "\0" not in str(caught.value)

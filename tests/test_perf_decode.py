@@ -172,7 +172,7 @@ def test_mistakes_get_one_line(tmp_path: Path) -> None:
         (["--model", "tiny", "--quantise", "w8"], "argument --quantise: invalid choice: 'w8' (choose from "),
         (["--model", "tiny", "--out", str(gone)], f"--out {gone}: there is no such folder"),
         (["--model", "tiny", "--new-token", "2"], "unknown argument '--new-token' (did you mean '--new-tokens'?); see"),
-        ([], "the following arguments are required: --model; see python -m perf decode --help"),
+        ([], "the following arguments are required: --model; see `python -m perf decode --help`"),
         (["--model", "tiny", "--device", "gpu"], "unknown device 'gpu'"),
     ):
         assert user_error(main, arguments).startswith(line), arguments

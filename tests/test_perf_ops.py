@@ -452,7 +452,10 @@ def test_mistakes_get_one_line(tmp_path: Path) -> None:
         ([*QUICK, "--walk-bytes", "-1"], least),
         ([*QUICK, "--tokens", "1,1"], "--tokens '1,1' is not a list of different whole numbers"),
         ([*QUICK, "--out", str(tmp_path)], f"--out {tmp_path}: is a directory"),
-        ([*QUICK, "--token", "1"], "unknown argument '--token' (did you mean '--tokens'?); see python -m perf ops"),
+        (
+            [*QUICK, "--token", "1"],
+            "unknown argument '--token' (did you mean '--tokens'?); see `python -m perf ops --help`",
+        ),
         ([*QUICK, "--quantise", "w4a8"], "argument --quantise: invalid choice: 'w4a8'"),
         ([*QUICK, "--device", "npuu"], "unknown device 'npuu'"),
     ):

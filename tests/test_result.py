@@ -230,7 +230,7 @@ def test_the_schema_names_every_field_and_admits_no_other() -> None:
             assert one["additionalProperties"] is False
     wrong = perf("schema", "--kind")
     assert wrong.returncode == 2
-    assert wrong.stderr == "error: unknown argument '--kind'; see python -m perf schema --help\n"
+    assert wrong.stderr == "error: unknown argument '--kind'; see `python -m perf schema --help`\n"
 
 
 # Who measured what, and where.

@@ -7,8 +7,9 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
+from ascend.arguments import Parser
 from ascend.errors import UserError
-from perf.arguments import Parser, names, out_file
+from perf.arguments import names, out_file
 from perf.compare.comparison import compare
 from perf.compare.rules import ACROSS
 from perf.compare.systems import System, read_systems
@@ -41,7 +42,7 @@ def main(argv: Sequence[str]) -> int:
 
 def _parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = Parser(
-        "compare",
+        "perf compare",
         "Result files side by side, the first is what the others are held against. Exit code 0: compared, 1: two are "
         "not comparable and why, 2: a file could not be read.",
     )

@@ -6,8 +6,9 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
+from ascend.arguments import Parser
 from ascend.errors import UserError
-from perf.arguments import Parser, out_file
+from perf.arguments import out_file
 from perf.parity.compute import SIDES
 from perf.parity.side import DTYPES
 
@@ -21,7 +22,7 @@ LEAST = {"rows": 1, "prompt_length": 16, "decode": 0, "seed": 0}
 
 def parse(verb: str, argv: Sequence[str]) -> argparse.Namespace:
     """Read a verb's arguments. Raises `UserError` for what makes no sense by itself."""
-    parser = Parser(f"parity {verb}", f"{VERBS[verb]}. Exit code 0: PASS, 1: FAIL, 2: nothing was compared.")
+    parser = Parser(f"perf parity {verb}", f"{VERBS[verb]}. Exit code 0: PASS, 1: FAIL, 2: nothing was compared.")
     {"live": _live, "record": _record, "check": _check}[verb](parser)
     parser.add_argument("--json", action="store_true", help="end with one line of JSON")
     parser.add_argument("--verbose", action="store_true", help="let the workers print what they have to say")

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from ascend.arguments import Parser
 from ascend.checkpoint import read_config
 from ascend.cost import Sharding
 from ascend.devices.facts import TABLE, Figure, lookup
@@ -18,7 +19,7 @@ from ascend.precision import KV_DTYPES, PRECISIONS, Precision
 from ascend.roofline import Chip
 from ascend.routing import MeasuredRouting, Routing, SkewedRouting
 from convert.demo_config import SIZES, demo_config
-from perf.arguments import Parser, names, numbers
+from perf.arguments import names, numbers
 
 PEAKS = ("fp32", "bf16", "fp8", "int8")
 
@@ -189,7 +190,7 @@ def _positive(flag: str, text: str) -> float:
 
 
 def _parse(argv: Sequence[str]) -> argparse.Namespace:
-    parser = Parser("roofline", "The most that cards can do with a model: limits, not predictions.")
+    parser = Parser("perf roofline", "The most that cards can do with a model: limits, not predictions.")
     add = parser.add_argument
     add("--model", required=True, metavar="NAME|DIR", help=f"{', '.join(SIZES)}, a checkpoint directory or config.json")
     add("--cards", required=True, metavar="4xH20-96G", help=f"number and name: {', '.join(TABLE)}, or a driver's name")

@@ -9,8 +9,8 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import NoReturn
 
+from ascend.arguments import Parser
 from ascend.devices import Host
 from ascend.errors import EXIT_USER_ERROR, UserError, suggest
 from serve.doctor.checks import examine
@@ -18,11 +18,6 @@ from serve.doctor.finding import LEVELS, Finding
 from serve.doctor.machine import Asked, Machine
 
 DEVICES = ("auto", "npu", "cuda", "cpu")
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}; `python -m serve doctor --help` lists the flags")
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -45,10 +40,9 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def _parse(arguments: Sequence[str]) -> argparse.Namespace:
-    parser = _Parser(
-        prog="python -m serve doctor",
-        allow_abbrev=False,
-        description="Look for every reason why a launch would fail on this machine. One line per finding: how it is "
+    parser = Parser(
+        "serve doctor",
+        "Look for every reason why a launch would fail on this machine. One line per finding: how it is "
         f"({', '.join(LEVELS)}), why it matters, what to do.",
         epilog="Exit codes: 0 nothing found prevents a launch, 2 something does.",
     )
@@ -60,11 +54,7 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     add("--nodes", type=_count, default=1, metavar="N", help="servers that work together; default: 1")
     add("--network-interface", metavar="NAME", help="between the servers")
     add("--json", action="store_true", help="the last line of standard output is one JSON document")
-    known, rest = parser.parse_known_args(arguments)
-    flags = [flag for action in parser._actions for flag in action.option_strings]
-    if rest:
-        lists = "`python -m serve doctor --help` lists the flags"
-        raise UserError(f"unknown argument '{rest[0]}'{suggest(rest[0].split('=')[0], flags)}; {lists}")
+    known = parser.read(arguments)
     if known.device not in DEVICES:
         choose = f"choose one of {', '.join(DEVICES)}"
         raise UserError(f"unknown device '{known.device}'{suggest(known.device.lower(), DEVICES)}: {choose}")

@@ -66,7 +66,6 @@ def nearest(model: PlannedModel, cards: Cards, wanted: Wanted, would_do: Try, la
 def _for_launcher(text: str) -> str:
     """The same change for `serve/launch.sh`, which asks for an address where there are several servers."""
     text = re.sub(r"--precision (\S+)( \(convert it first\))?", r"`python -m convert \1 SRC DST` and --model DST", text)
-    text = re.sub(r"(--speculative ngram):\d+", r"\1", text)
     return re.sub(r"(--nodes \d+)", r"\1 --node-address ADDRESS", text)
 
 

@@ -93,7 +93,7 @@ def config_file(plan: Plan, own: Mapping[str, Any] | None = None, given: Collect
 
     for name, value in plan.settings.items():
         if name == "speculative-config" and "speculative" not in (own or {}):  # a flag of the launcher's, too
-            lines.append(f"speculative: {value['method']}")
+            lines.append(f"speculative: {value['method']}:{value['num_speculative_tokens']}")
         if name in LAUNCHERS:
             put(name, value, "", LAUNCHER_NAMES.get(name))
     engine_only = {
