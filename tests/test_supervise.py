@@ -60,6 +60,20 @@ def test_a_failure_before_it_was_ever_ready_is_final(started: Callable[..., Laun
 
 
 @pytest.mark.slow
+def test_the_first_request_is_watched(started: Callable[..., Launched]) -> None:
+    dying, hanging = started({"die_at_token": 3}), started({"hang_at_token": 3}, flags="--timeout 6")
+    assert dying.process.wait(20) == hanging.process.wait(30) == 1
+    assert "error: the engine did not start: " in dying.output
+    assert "error: no answer after 6 s, the last stage was 'answering the first request'" in hanging.output
+    stopping = started({"hang_at_token": 3})
+    assert wait_for(lambda: "answering the first request" in stopping.output, 20)
+    stopping.process.send_signal(signal.SIGTERM)
+    assert stopping.process.wait(10) == 143
+    for launched in (dying, hanging, stopping):
+        assert launched.processes() == set()
+
+
+@pytest.mark.slow
 def test_a_death_in_a_stream_is_told_and_the_service_comes_back(started: Callable[..., Launched]) -> None:
     both = [started({death: FIRST_ANSWER + 5}, {}) for death in ("die_at_token", "core_dies_at_token")]
     for launched in both:
