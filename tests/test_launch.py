@@ -31,7 +31,7 @@ from serve.preflight import check, port_holder, reserve_port
 from serve.resolve import resolve
 from serve.watch.process import end_session, session_members
 from serve.watch.progress import error_line
-from tests.launcher import LAUNCH, ROOT, free_port
+from tests.launcher import LAUNCH, ROOT, free_port, run_in_time
 from tests.test_signature import write_key
 from tests.tiny import edit_config, read_config, user_error
 
@@ -40,16 +40,8 @@ ENV_SH = ROOT / "serve" / "env.sh"
 
 
 def launch(*arguments: str, cwd: Path | None = None, script: Path = LAUNCH) -> subprocess.CompletedProcess[str]:
-    """Run the launcher as a user does; it must end by itself, in time (a second try allows for a busy machine)."""
-    for _ in range(2):
-        begin = time.monotonic()
-        done = subprocess.run(
-            [str(script), *arguments], capture_output=True, text=True, cwd=cwd, timeout=60, check=False
-        )
-        seconds = time.monotonic() - begin
-        if seconds < SECONDS:
-            return done
-    raise AssertionError(f"took {seconds:.1f} s: {done.stderr}")
+    """Run the launcher as a user does; it must end by itself, in time."""
+    return run_in_time([str(script), *arguments], SECONDS, cwd=cwd)
 
 
 def refusal(*arguments: str) -> str:

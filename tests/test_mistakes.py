@@ -6,14 +6,12 @@ Nothing is imitated but the machine: folders in which the device nodes and packa
 from __future__ import annotations
 
 import os
-import subprocess
-import time
 from pathlib import Path
 
 import pytest
 
 from convert.demo import write_demo
-from tests.launcher import LAUNCH, free_port
+from tests.launcher import LAUNCH, free_port, run_in_time
 from tests.tiny import edit_config
 
 SECONDS = 2.0
@@ -95,21 +93,8 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def answer(*arguments: str, **environment: str) -> str:
-    """What the launcher says, in time (a second try allows for a busy machine)."""
-    for _ in range(2):
-        begin = time.monotonic()
-        done = subprocess.run(
-            [str(LAUNCH), *arguments],
-            capture_output=True,
-            text=True,
-            timeout=20,
-            check=False,
-            env={**os.environ, **environment},
-        )
-        seconds = time.monotonic() - begin
-        if seconds < SECONDS:
-            break
-    assert seconds < SECONDS, done.stderr
+    """What the launcher says, in time."""
+    done = run_in_time([str(LAUNCH), *arguments], SECONDS, env={**os.environ, **environment})
     assert done.returncode == 2, done.stdout + done.stderr
     assert done.stdout == ""
     *notes, line = done.stderr.splitlines()
