@@ -31,11 +31,11 @@ all | quick)
   wait $! || failed+=("mypy, tests/npu or tests/triton")
   cat "$beside"
   if [[ ${1:-all} == all ]]; then
-    { on_npu -m slow && on_interpreter -m slow && on_cpu -m "slow and engine" tests/test_[a-o]*.py; } >"$beside" 2>&1 &
-    on_cpu -m "slow and engine" tests/test_[p-z]*.py || status=$?
-    wait $! || failed+=("slow ones of tests/npu or tests/triton, or those of the engine")
+    { on_npu -m slow && on_interpreter -m slow && on_cpu -m "slow and beside" tests/test_[a-o]*.py; } >"$beside" 2>&1 &
+    on_cpu -m "slow and beside" tests/test_[p-z]*.py || status=$?
+    wait $! || failed+=("slow ones of tests/npu or tests/triton, or those that ran beside them")
     cat "$beside"
-    on_cpu -m "slow and not engine" || status=$? # by themselves: some of them measure time
+    on_cpu -m "slow and not beside" || status=$? # by themselves: some of them measure time
   fi
   # pytest's line stays the last one of a good run; a bad one says all that is bad.
   [[ ${#failed[@]} -eq 0 ]] || { printf 'failed: %s\n' "${failed[@]}" >&2 && exit $((status ? status : 1)); }

@@ -22,6 +22,8 @@ from perf.compare.systems import read_systems
 from perf.result import Result, write
 from tests.perf_results import CPU, H20, MODEL, NPU, decode, run, serve
 
+pytestmark = pytest.mark.beside
+
 LOADS = (1, 2, 4, 8, 16, 32, 64, 128)
 EVIL = '<script>alert(1)</script>" id="x url(#y $\\frac$ &amp; 医院'
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")

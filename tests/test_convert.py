@@ -24,6 +24,8 @@ from convert.sharding import Sharding
 from tests import tiny
 from tests.quantised import quantised_checkpoint
 
+pytestmark = pytest.mark.beside
+
 # Blocks of 128 that are whole, partial and more than one, widths that int4 takes, biases, two MTP layers.
 SHAPE: dict[str, Any] = {
     "hidden_size": 192,

@@ -32,6 +32,8 @@ from tests import tiny
 from tests.broken_checkpoints import BROKEN
 from tests.convert_forks import content, identity
 
+pytestmark = pytest.mark.beside
+
 ROOT = Path(__file__).parent.parent
 KILLS = int(os.environ.get("CONVERT_KILLS", "5"))  # the figure is 20; with two processes each takes four seconds
 BY_NAME = {"pytorch_model.bin", "model.pt", "MODEL.PTH"}  # pickles beside the weights: left out and named

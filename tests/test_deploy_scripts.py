@@ -15,6 +15,8 @@ import pytest
 from tests.deploy_files import DEPLOY, PROBE, ROOT, run, tool
 from tests.launcher import free_port
 
+pytestmark = pytest.mark.beside
+
 
 class _Health(BaseHTTPRequestHandler):
     def do_GET(self) -> None:

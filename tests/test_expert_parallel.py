@@ -22,6 +22,8 @@ from ops.parallel_policy import LINK, SETUP_SECONDS, bytes_per_rank, choose, ran
 from ops.process_group import Group
 from tests.ranks import Ranks
 
+pytestmark = pytest.mark.beside
+
 PORTABLE = [name for name in STRATEGIES if name != "mc2"]  # that one is tried in tests/npu
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}  # of the largest value
 H, I = 12, 8  # noqa: E741

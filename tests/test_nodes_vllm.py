@@ -25,7 +25,7 @@ from serve.nodes.node import PORT_RANGE, PORTS
 from tests.launcher import ROOT, wait_for
 from tests.namespaces import Namespace, cable, joined
 
-pytestmark = [pytest.mark.slow, pytest.mark.engine, pytest.mark.timeout(400)]
+pytestmark = [pytest.mark.slow, pytest.mark.beside, pytest.mark.timeout(400)]
 
 API, MEETING = 8011, 13345  # in networks of their own: nobody else is there
 PROMPTS = [f"patient {i} has had a fever for {i} days" for i in range(8)]

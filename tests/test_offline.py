@@ -19,7 +19,7 @@ import pytest
 from tests.launcher import LAUNCH, wait_for
 from tests.namespaces import Namespace, alone
 
-pytestmark = [pytest.mark.slow, pytest.mark.engine, pytest.mark.timeout(400)]
+pytestmark = [pytest.mark.slow, pytest.mark.beside, pytest.mark.timeout(400)]
 
 PORT = 8012  # in a network of its own
 CONNECT = re.compile(r"connect\(\d+, \{sa_family=(AF_\w+), (.*?)\}, \d+\)")

@@ -15,6 +15,8 @@ import torch
 from ops import build, cpu
 from tests.op_cases import BF16, FP32, cache_case, check_attention, kernels_used, make, op_cases, same
 
+pytestmark = pytest.mark.beside
+
 
 @pytest.fixture(autouse=True)
 def inference() -> Iterator[None]:

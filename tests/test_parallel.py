@@ -22,6 +22,8 @@ from ops.process_group import Group
 from tests import tiny
 from tests.ranks import Ranks
 
+pytestmark = pytest.mark.beside
+
 TOLERANCE = 1e-5  # of the largest logit, in fp32
 # Two key/value heads: four ranks share them.
 SHAPE = {"use_qkv_bias": True, "use_bias": True, "norm_head": True}

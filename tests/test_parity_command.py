@@ -20,6 +20,8 @@ from perf.parity.side import read_info, write_side
 from tests.test_parity import SHAPE
 from tests.tiny import checkpoint, edit_config, read_tensors, user_error, write_tensors
 
+pytestmark = pytest.mark.beside
+
 
 def run(*arguments: object) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "perf", "parity", *map(str, arguments)]

@@ -100,7 +100,7 @@ def paths(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 @pytest.mark.slow
-@pytest.mark.engine
+@pytest.mark.beside
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_other_kernels_are_as_far_as_rounding_and_faults_are_further(
     paths: dict[str, Path], precision: str, monkeypatch: pytest.MonkeyPatch
@@ -319,7 +319,7 @@ def bf16_server(paths: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
 
 
 @pytest.mark.slow
-@pytest.mark.engine
+@pytest.mark.beside
 @pytest.mark.timeout(600)
 def test_vllm_in_bf16_passes_and_records_of_broken_models_fail(
     paths: dict[str, Path], bf16_server: str, tmp_path: Path
@@ -346,7 +346,7 @@ def test_vllm_in_bf16_passes_and_records_of_broken_models_fail(
 
 
 @pytest.mark.slow
-@pytest.mark.engine
+@pytest.mark.beside
 @pytest.mark.timeout(600)
 def test_vllm_in_fp32_passes_and_records_of_broken_models_fail(server: RunningServer) -> None:
     a, model = recorded(server.model_path)

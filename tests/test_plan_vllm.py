@@ -15,7 +15,7 @@ from convert.demo import write_demo
 from serve.planning import Wanted, make_plan, open_model, parse_cards
 from serve.planning.memory import Division, kv_bytes_per_block, weights
 
-pytestmark = [pytest.mark.slow, pytest.mark.engine, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.slow, pytest.mark.beside, pytest.mark.timeout(600)]
 ROOT = Path(__file__).parents[1]
 # What stays a parameter once the CPU engine has packed its linear layers, beside the router's bias, counted with any.
 KEPT = ("embedding", "head", "norms", "routed_experts")

@@ -27,6 +27,8 @@ from ascend.stored import stored_weights
 from tests import tiny
 from tests.quantised import quantised_checkpoint
 
+pytestmark = pytest.mark.beside
+
 FORMATS = ("w8a8", "w4a16", "fp8")
 # Widths that int4 takes, and biases.
 SHAPE = {"moe_intermediate_size": 32, "use_qkv_bias": True, "use_bias": True}

@@ -80,7 +80,7 @@ def dequantised(path: Path, into: Path) -> Path:
 
 
 @pytest.mark.slow
-@pytest.mark.engine
+@pytest.mark.beside
 def test_prompt_logprobs_are_those_of_the_rounded_weights(tmp_path: Path) -> None:
     plain = tmp_path / "plain"
     write_demo(plain)
@@ -124,7 +124,7 @@ def test_prompt_logprobs_are_those_of_the_rounded_weights(tmp_path: Path) -> Non
 
 
 @pytest.mark.slow
-@pytest.mark.engine
+@pytest.mark.beside
 @pytest.mark.timeout(600)
 def test_the_launcher_serves_one_and_says_what_it_does(tmp_path: Path) -> None:
     write_demo(tmp_path / "plain")
@@ -192,7 +192,7 @@ def test_a_stream_that_is_not_whole_is_refused(tensors: dict[str, Tensor], said:
 
 
 @pytest.mark.slow
-@pytest.mark.engine
+@pytest.mark.beside
 def test_only_this_architectures_checkpoints_are_taken_over_and_only_unasked() -> None:
     from serve.plugin.widened import NAME, WidenedConfig
 

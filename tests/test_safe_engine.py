@@ -27,7 +27,7 @@ from tests.launcher import ROOT, free_port, wait_for
 from tests.test_canary import settings
 from tests.test_faults import PRINTED
 
-pytestmark = [pytest.mark.slow, pytest.mark.engine, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.slow, pytest.mark.beside, pytest.mark.timeout(300)]
 MARKER = "FORGED ERROR 11-23 08:00:00 [core.py:1] "
 WORD = "kanarienvogel"  # in every field of every request
 

@@ -20,7 +20,7 @@ from convert.demo import write_demo
 from tests.conftest import RunningServer
 from tests.launcher import Launched, is_listening, listening_addresses, shared_memory, wait_for
 
-pytestmark = [pytest.mark.slow, pytest.mark.engine, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.slow, pytest.mark.beside, pytest.mark.timeout(600)]
 
 PROMPTS = ("A patient of 70 years has had a fever for three days.", "def f(x):", "头痛三天")
 NEW_TOKENS = 24

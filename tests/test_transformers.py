@@ -17,6 +17,8 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 import ascend
 from tests.tiny import checkpoint, edit_config, read_tensors, user_error
 
+pytestmark = pytest.mark.beside
+
 GREEDY = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0}
 TOLERANCE = 5e-5  # on fp32 logits of standard deviation 4
 

@@ -11,7 +11,7 @@ import ops.cuda
 from tests.triton import full_size
 from tests.triton.compiled import MOST_SHARED, compiled, reason, recording
 
-pytestmark = pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION")
+pytestmark = [pytest.mark.beside, pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION")]
 
 # Source lines that read what a step is made of: weights, each once, and the cache.
 STREAMS = r"evict_first|tl\.load\((k|v|pair)_ptr"

@@ -18,6 +18,8 @@ from tests.quantised import quantised_checkpoint
 from tests.tiny import checkpoint, read_config, read_tensors, write_tensors
 from tests.vllm_ascend_rules import problems
 
+pytestmark = pytest.mark.beside
+
 EXPERT = "model.layers.1.mlp.experts.3.up_proj"
 REQUESTS = {
     "w8a8": Request("w8a8"),

@@ -43,7 +43,7 @@ OPTIONAL_KEYS = (
 
 
 @pytest.mark.slow
-@pytest.mark.engine
+@pytest.mark.beside
 def test_prompt_logprobs_equal_those_of_vllm(tmp_path: Path) -> None:
     directories = []
     for i, overrides in enumerate(VARIANTS.values()):
