@@ -392,6 +392,7 @@ def test_sigterm_leaves_nothing(tmp_path):
     assert os.listdir(tmp_path) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [(), ("--force",)])
 def test_writers_at_once_leave_one_whole_demo(tmp_path, tiny, options):
     command = [sys.executable, "-m", "convert", "demo", str(tmp_path / "demo"), *options]

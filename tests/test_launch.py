@@ -108,6 +108,7 @@ def test_a_mistake_in_the_flags(arguments: str, expected: str) -> None:
     assert expected in refusal("--device", "cpu", *arguments.split())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("device", "expected"), [("npu", "torch_npu is not installed"), ("cuda", "no NVIDIA driver"), ("cuda:1", "cuda")]
 )

@@ -152,6 +152,7 @@ def test_a_cut_off_file_is_refused_by_load_model_too(copy: Path) -> None:
     assert user_error(ascend.load_model, copy).startswith(f"{file}: cut off within tensor ")
 
 
+@pytest.mark.slow
 def test_refusal_comes_before_allocation(tmp_path: Path) -> None:
     # The full 103 B model as one file with a hole of 206 GB, and a single tensor missing.
     config, _ = demo_config("ling-flash", 0, "bf16", None, {})

@@ -328,6 +328,7 @@ def test_a_directory_that_is_not_there_or_has_none(tmp_path: Path) -> None:
     assert "python -m convert manifest DIR" in user_error(read_manifest, tmp_path)
 
 
+@pytest.mark.slow
 def test_three_hundred_files_within_a_second(tmp_path: Path) -> None:
     """With 75,000 tensors: three formats' worth of the 103 B model's."""
     for number in range(300):

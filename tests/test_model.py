@@ -106,6 +106,7 @@ def test_taps_follow_the_residual_stream(tmp_path: Path, ids: Tensor) -> None:
         assert (ours - theirs).abs().max() < TOLERANCE
 
 
+@pytest.mark.slow
 def test_bf16_stays_as_near_to_fp32_as_the_independent_implementation_does(tmp_path: Path, ids: Tensor) -> None:
     ours_kl, theirs_kl = [], []
     for seed in range(4):

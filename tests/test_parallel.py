@@ -119,6 +119,7 @@ def test_two_ranks(two: Ranks, checkpoint: Path, mesh: Mesh) -> None:
     check(two, checkpoint, mesh)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mesh", FOUR, ids=str)
 def test_four_ranks(four: Ranks, checkpoint: Path, mesh: Mesh) -> None:
     check(four, checkpoint, mesh)

@@ -239,6 +239,7 @@ def known(monkeypatch: pytest.MonkeyPatch) -> type[Known]:
     return Known
 
 
+@pytest.mark.slow
 def test_what_an_engine_sets_up_is_no_part_of_a_step(known: type[Known], tmp_path: Path) -> None:
     out = tmp_path / "a.json"
     assert main([*KNOWN, "--out", str(out)]) == 0
