@@ -181,11 +181,11 @@ SICK = {
     links.check_hccl_port: [
         (
             "npu",
-            {**ETH0, "files": {"/proc/net/tcp": "head\n 0: 00000000:EA63 00000000:0000 0A\n"}},
-            "warning of HCCL's ports, 60003 is taken",
+            {**ETH0, "files": {"/proc/net/tcp": "head\n 0: 00000000:EA7F 00000000:0000 0A\n"}},
+            "error of HCCL's ports, 60031 is taken",
         ),
-        ("npu", {**ETH0, "files": {"/proc/net/tcp": None}}, "unknown whether ports 60000 to 60015 are free"),
-        ("npu", {**ETH0, "environ": {"HCCL_IF_BASE_PORT": "8075"}}, "warning of HCCL's ports, 8080 is taken"),
+        ("npu", {**ETH0, "files": {"/proc/net/tcp": None}}, "unknown whether ports 60000 to 60031 are free"),
+        ("npu", {**ETH0, "environ": {"HCCL_IF_BASE_PORT": "8075"}}, "error of HCCL's ports, 8080 is taken"),
         ("npu", {**ETH0, "environ": {"HCCL_IF_BASE_PORT": "x"}}, "error HCCL_IF_BASE_PORT=x"),
         ("npu", {**ETH0, "environ": {"HCCL_HOST_SOCKET_PORT_RANGE": "auto"}}, "note HCCL_HOST_SOCKET_PORT_RANGE=auto"),
     ],

@@ -157,7 +157,7 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         {"max-cudagraph-capture-size": 2, "compilation-config": {"cudagraph_capture_sizes": [1, 2]}},
     ),
     "random-weights": ({"load-format": "dummy"}, {"load-format": "safetensors"}),
-    "pickled-weights": ({"load-format": "pt"}, {"load-format": "auto"}),
+    "unchecked-weights": ({"load-format": "pt"}, {"load-format": "auto"}),
     "logprobs": ({"max-logprobs": -1}, {"max-logprobs": 1000}),
     "executor": ({"distributed-executor-backend": "ray"}, {"distributed-executor-backend": "mp"}),
     "sleep": ({"enable-sleep-mode": True}, {"enable-sleep-mode": False}),

@@ -10,9 +10,9 @@ from serve.doctor.finding import Finding, error, note, ok, unknown, warning
 from serve.doctor.machine import Machine
 from serve.doctor.npu_cards import table
 
-# Where HCCL gathers its ranks on a host, unless HCCL_IF_BASE_PORT moves it (16 ports in CANN 8.0's page of that). 16666
-# is a port of the card's own network, which the host does not see.
-HCCL_PORT, HCCL_PORTS = 60000, 16
+# Where HCCL gathers its ranks on a host, unless HCCL_IF_BASE_PORT moves it (that page of CANN 8.3 to 9.1: 32 ports).
+# 16666 is a port of the card's own network, which the host does not see.
+HCCL_PORT, HCCL_PORTS = 60000, 32
 # What tells each communication library which network to use, by device.
 SOCKETS = {
     "npu": ("HCCL_IF_IP", "HCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME", "TP_SOCKET_IFNAME"),
@@ -70,9 +70,9 @@ def check_hccl_port(m: Machine) -> Iterator[Finding]:
     lines = [line.split() for text in tables for line in text.splitlines()[1:]]
     held = {int(row[1].rpartition(":")[2], 16) for row in lines if len(row) > 3 and row[3] == LISTENING}
     if taken := ", ".join(str(port) for port in ports if port in held):
-        why = "HCCL may want it to gather its ranks (EI0006, EI0019)"
+        why = "HCCL gathers its ranks there and stops if it cannot listen (EI0019)"
         remedy = "end what holds it (`ss -ltnp`), or set HCCL_IF_BASE_PORT on every server"
-        yield warning(f"of HCCL's ports, {taken} is taken", why, remedy)
+        yield error(f"of HCCL's ports, {taken} is taken", why, remedy)
     else:
         yield ok(f"ports {shown} of HCCL are free")
 

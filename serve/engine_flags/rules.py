@@ -174,9 +174,9 @@ RULES = (
          "in --compilation-config, the plan's if there are none of yours: leave it out", "vLLM config/vllm.py", _ALL),
     Rule("random-weights", lambda a: a.settings.get("load-format") == "dummy", "--load-format dummy: the weights would "
          "be random, and so would what is told of patients: leave it out", "nobody", _ALL),
-    Rule("pickled-weights", lambda a: a.settings.get("load-format") in ("pt", "npcache", "tensorizer"),
-         "--load-format: files of this format can run code when they are read: leave it out, for safetensors",
-         "vLLM model_executor/model_loader", _ALL),
+    Rule("unchecked-weights", lambda a: a.settings.get("load-format") in ("pt", "npcache", "tensorizer"),
+         "--load-format: what was checked are safetensors, and this reads other files: leave it out",
+         "nobody; serve/preflight.py", _ALL),
     Rule("logprobs", lambda a: not 0 <= _number(a.settings.get("max-logprobs")) <= _MOST_LOGPROBS,
          f"--max-logprobs: one request could ask for the whole vocabulary at every token, and hold up the others: take "
          f"0 to {_MOST_LOGPROBS}", "vLLM config/model.py: -1 is no limit", _ALL),
@@ -184,7 +184,7 @@ RULES = (
          "--distributed-executor-backend: only processes of this machine (mp) are watched and ended together: leave it "
          "out; --nodes is for several servers", "nobody", _ALL),
     Rule("sleep", lambda a: a.on("enable-sleep-mode"), "--enable-sleep-mode: what puts it to sleep is open to every "
-         "client, and so is turned off here: leave it out", "vLLM entrypoints/serve/sleep, VLLM_SERVER_DEV_MODE", _ALL),
+         "client, and so is turned off here: leave it out", "vLLM 0.32 launchers/api_server/routers.py:40", _ALL),
     Rule("lora", lambda a: a.on("enable-lora"), "--enable-lora: the plan has no memory for adapters, and nothing "
          "vouches for them: merge one into the weights, and convert those", "nobody", _ALL),
     Rule("rope-theta", lambda a: a.rope and "rope_theta" not in a.rope, "--hf-overrides: rope settings without "
