@@ -70,6 +70,8 @@ def test_a_file_wins_over_a_profile(tmp_path: Path) -> None:
         ("tensor-paralel-size: 8", "did you mean 'tensor-parallel-size'?"),
         ("enviroment: {A: 1}", "did you mean 'environment'?"),
         ("port: http", "'http' is not a port"),
+        ("port: |\n  8123\n", "'8123\\n' is not a port"),
+        ('port: "\\e[2J"', "'\\x1b[2J' is not a port"),
         ("port: [1, 2]", "'port' is one value, not a list"),
         ("port: true", "'port' is True, it must be a value"),
         ("expert-parallel: 8", "'expert-parallel' is 8, it must be true or false"),
