@@ -11,7 +11,7 @@ Shapes: B rows, T tokens, H hidden_size, C = heads · D of queries, keys and val
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -76,7 +76,10 @@ class Eagle3Config:
     @classmethod
     def published(cls, model: BailingMoeV2Config) -> Eagle3Config:
         """The shape that SpecForge gives Ling-flash-2.0's head (0.425 B parameters), or its like for another model."""
-        H, heads = model.hidden_size, model.num_attention_heads
+        H, heads, layers = model.hidden_size, model.num_attention_heads, model.num_hidden_layers
+        tapped = default_taps(layers)
+        if len(set(tapped)) < TAPS:  # fewer than seven layers
+            tapped = (1, 2, layers - 1) if layers > TAPS else (0, 1, 2)
         return cls(
             hidden_size=H,
             intermediate_size=H * 7 // 2,
@@ -85,13 +88,23 @@ class Eagle3Config:
             head_dim=H // heads,
             vocab_size=model.vocab_size,
             draft_vocab_size=min(32000, model.vocab_size),
-            tapped=default_taps(model.num_hidden_layers),
+            tapped=tapped,
         )
 
 
 def default_taps(layers: int) -> tuple[int, ...]:
     """The layers that SGLang and vLLM tap where a head's configuration names none (`set_eagle3_layers_to_capture`)."""
     return tuple(sorted((2, layers // 2, layers - 3)))
+
+
+def tapped_layers(named: Sequence[int]) -> tuple[int, ...]:
+    """The layers before which a head is fed, of ``eagle_aux_hidden_state_layer_ids`` in its ``eagle_config``.
+
+    Published heads use either of two meanings: SpecForge names the layers whose output it takes, others those whose
+    input it is. No head is fed the embedding, so one that names layer 1 means outputs; that is SGLang's rule too
+    (pull request 25454). vLLM takes all for inputs (its pull request 43671).
+    """
+    return tuple(i + 1 for i in named) if 1 in named else tuple(named)
 
 
 class Eagle3Head(nn.Module):
@@ -156,6 +169,12 @@ class Eagle3Head(nn.Module):
         new = (self.query_key_value(x_BTI), None, None, step.cos, step.sin, *cache.buffers(0, x_BTI))
         out_BTND = ops.cached_attention(*new, *seen, self.eps, self.scale, step.slots, step.mask, None)
         return self.dense(out_BTND.flatten(2))
+
+
+def tensor_shapes(config: Eagle3Config) -> dict[str, tuple[int, ...]]:
+    """Shapes of a head's weights by their names in a checkpoint, without d2t and t2d."""
+    with torch.device("meta"):
+        return {name: tuple(place.shape) for name, place in _places(Eagle3Head(config))}
 
 
 def random_head(model: BailingMoeV2ForCausalLM, config: Eagle3Config | None = None, *, seed: int = 0) -> Eagle3Head:
@@ -277,7 +296,6 @@ def _read_config(path: Path, model: BailingMoeV2Config) -> Eagle3Config:
     eagle = keys.get("eagle_config") or {}
     if not eagle.get("use_aux_hidden_state", True):
         raise UserError(f"{file}: use_aux_hidden_state is off, so this is no EAGLE3 head")
-    # SpecForge names the layers whose output it takes, SGLang taps the input of the ones after them.
     named = eagle.get("eagle_aux_hidden_state_layer_ids")
     try:
         heads = keys["num_attention_heads"]
@@ -289,7 +307,7 @@ def _read_config(path: Path, model: BailingMoeV2Config) -> Eagle3Config:
             head_dim=keys.get("head_dim") or keys["hidden_size"] // heads,
             vocab_size=keys["vocab_size"],
             draft_vocab_size=keys.get("draft_vocab_size") or keys["vocab_size"],
-            tapped=tuple(i + 1 for i in named) if named else default_taps(model.num_hidden_layers),
+            tapped=tapped_layers(named) if named else default_taps(model.num_hidden_layers),
             rms_norm_eps=keys.get("rms_norm_eps", 1e-6),
             rope_theta=keys.get("rope_theta") or rope.get("rope_theta") or 10000.0,
         )

@@ -16,8 +16,10 @@ COMMANDS = {
     "manifest": "DIR: write the manifest of a directory as it is, signed or not",
     "canary": "DIR: record log-probabilities that each start of a server is held to",
     "demo": "DIR: a demo checkpoint: the full architecture in miniature, with random weights",
+    "eagle3-init": "DIR --model MODEL: an EAGLE3 draft head of the published shape, with random weights",
 }
-MODULES = {target: "command" for target in ("fp8", "w8a8", "w4a16", "bf16")} | {"manifest": "manifest_command"}
+MODULES = {target: "command" for target in ("fp8", "w8a8", "w4a16", "bf16")}
+MODULES |= {"manifest": "manifest_command", "eagle3-init": "eagle3_init"}
 
 if __name__ == "__main__":
     sys.exit(run_package("convert", COMMANDS, MODULES))

@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -19,6 +18,7 @@ from ascend.config import BailingMoeV2Config
 from ascend.eagle3 import Eagle3Config, Eagle3Head, default_taps, load_eagle3, random_head
 from ascend.roofline import EAGLE3_PARAMETERS
 from ascend.speculation import SpeculativeDecoder
+from tests.drafts import plain_head
 from tests.tiny import checkpoint, edit_config, user_error
 
 H, HEADS, KV, D, WIDTH, V, DRAFTED = 64, 4, 2, 16, 40, 300, 50
@@ -71,34 +71,6 @@ def head_path(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def plain_head(w: dict[str, Tensor], embedding_TH: Tensor, hidden_TH: Tensor) -> tuple[Tensor, Tensor]:
-    """The head on one row from its first slot on, as its papers and trainers have it: stream and logits."""
-
-    def norm(x: Tensor, name: str) -> Tensor:
-        return x / (x.square().mean(-1, keepdim=True) + 1e-5).sqrt() * w[name]
-
-    def rotated(x_NTD: Tensor) -> Tensor:
-        T = x_NTD.shape[1]
-        angle = torch.arange(T)[:, None] / 10000 ** (torch.arange(0, D, 2) / D)
-        cos, sin = torch.cat([angle, angle], -1).cos(), torch.cat([angle, angle], -1).sin()
-        half = torch.cat([-x_NTD[..., D // 2 :], x_NTD[..., : D // 2]], -1)
-        return x_NTD * cos + half * sin
-
-    x = torch.cat(
-        [norm(embedding_TH, "midlayer.input_layernorm.weight"), norm(hidden_TH, "midlayer.hidden_norm.weight")], -1
-    )
-    q, k, v = (
-        (x @ w[f"midlayer.self_attn.{name}_proj.weight"].T).unflatten(-1, (-1, D)).transpose(0, 1) for name in "qkv"
-    )
-    k, v = (one.repeat_interleave(HEADS // KV, 0) for one in (k, v))
-    out = F.scaled_dot_product_attention(rotated(q), rotated(k), v, is_causal=True)
-    stream = hidden_TH + out.transpose(0, 1).flatten(1) @ w["midlayer.self_attn.o_proj.weight"].T
-    x = norm(stream, "midlayer.post_attention_layernorm.weight")
-    gate, up = x @ w["midlayer.mlp.gate_proj.weight"].T, x @ w["midlayer.mlp.up_proj.weight"].T
-    stream = stream + (F.silu(gate) * up) @ w["midlayer.mlp.down_proj.weight"].T
-    return stream, norm(stream, "norm.weight") @ w["lm_head.weight"].T
-
-
 @torch.inference_mode()
 @pytest.mark.parametrize("padding", [pytest.param(0, marks=pytest.mark.slow), 2])
 def test_drafts_are_those_of_a_plain_implementation(
@@ -124,7 +96,7 @@ def test_drafts_are_those_of_a_plain_implementation(
             hidden_TH = torch.cat(streams[:3], -1)[0] @ w["fc.weight"].T
             for n in range(drafts):
                 embedding_TH = model.model.word_embeddings(sequence_T[1:])
-                stream_TH, logits_TV = plain_head(w, embedding_TH, hidden_TH)
+                stream_TH, logits_TV = plain_head(w, embedding_TH, hidden_TH, D)
                 drafted = int(logits_TV[-1].argmax())
                 drafted += int(w["d2t"][drafted])
                 assert decoder.draft_BK[row, n] == drafted
@@ -143,7 +115,7 @@ def test_logits_are_those_of_a_plain_implementation(model: BailingMoeV2ForCausal
     (cache,) = head.caches(1, 12, torch.float32, torch.device("cpu"))
     cache.written_B += 12
     stream = head.run(0, ids, hidden, torch.zeros(1, dtype=torch.int64), cache)
-    expected, logits = plain_head(w, model.model.word_embeddings(ids[0]), hidden[0])
+    expected, logits = plain_head(w, model.model.word_embeddings(ids[0]), hidden[0], D)
     assert expected.std() > 0.5
     torch.testing.assert_close(stream[0], expected, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(head.logits(stream)[0], logits, atol=1e-5, rtol=1e-5)

@@ -15,6 +15,7 @@ import torch
 import ascend
 from convert.demo import write_demo
 from tests.launcher import ROOT
+from tests.tiny import edit_config, read_tensors, write_tensors
 
 TOLERANCE = 1e-3  # on logprobs; about 1e-5 is seen
 YARN = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
@@ -42,6 +43,28 @@ OPTIONAL_KEYS = (
 )
 
 
+def prompt_logprobs(
+    tmp_path: Path, directories: list[Path], dtype: str = "float32"
+) -> tuple[list[list[int]], list[list[list[dict[str, float]]]]]:
+    """Prompts, and by directory, prompt and position what the engine says of the likeliest tokens."""
+    generator = torch.Generator().manual_seed(0)
+    prompts = [torch.randint(0, 2000, (n,), generator=generator).tolist() for n in (200, 37)]
+    (tmp_path / "prompts.json").write_text(json.dumps(prompts))
+    # As a module: as a file it would find tests/triton where torch looks for the real one.
+    command = [sys.executable, "-m", "tests.vllm_logprobs", str(tmp_path / "prompts.json"), str(tmp_path / "out.json")]
+    run = subprocess.run(
+        [*command, *map(str, directories)],
+        cwd=ROOT,
+        env={**os.environ, "VLLM_CPU_OMP_THREADS_BIND": "nobind", "TESTED_DTYPE": dtype},
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
+    )
+    assert run.returncode == 0, run.stderr[-3000:]
+    return prompts, json.loads((tmp_path / "out.json").read_text())
+
+
 @pytest.mark.slow
 @pytest.mark.beside
 def test_prompt_logprobs_equal_those_of_vllm(tmp_path: Path) -> None:
@@ -55,23 +78,7 @@ def test_prompt_logprobs_equal_those_of_vllm(tmp_path: Path) -> None:
     (tmp_path / "bare" / "config.json").write_text(json.dumps(bare | {"auto_map": {"AutoConfig": "absent.Config"}}))
     directories.append(tmp_path / "bare")
 
-    generator = torch.Generator().manual_seed(0)
-    prompts = [torch.randint(0, 2000, (n,), generator=generator).tolist() for n in (200, 37)]
-    (tmp_path / "prompts.json").write_text(json.dumps(prompts))
-    # As a module: as a file it would find tests/triton where torch looks for the real one.
-    command = [sys.executable, "-m", "tests.vllm_logprobs", str(tmp_path / "prompts.json"), str(tmp_path / "out.json")]
-    run = subprocess.run(
-        [*command, *map(str, directories)],
-        cwd=ROOT,
-        env={**os.environ, "VLLM_CPU_OMP_THREADS_BIND": "nobind"},
-        capture_output=True,
-        text=True,
-        timeout=600,
-        check=False,
-    )
-    assert run.returncode == 0, run.stderr[-3000:]
-    engine = json.loads((tmp_path / "out.json").read_text())
-
+    prompts, engine = prompt_logprobs(tmp_path, directories)
     worst = {}
     for name, directory, answers in zip([*VARIANTS, "missing keys"], directories, engine, strict=True):
         model = ascend.load_model(directory)
@@ -84,3 +91,28 @@ def test_prompt_logprobs_equal_those_of_vllm(tmp_path: Path) -> None:
         assert len(differences) >= 235 * 5
         worst[name] = max(differences)
     assert max(worst.values()) < TOLERANCE, worst
+
+
+@pytest.mark.slow
+@pytest.mark.beside
+def test_experts_are_chosen_in_fp32_by_a_bf16_model(tmp_path: Path) -> None:
+    """Experts whose logits differ by less than bf16 can tell: rounded, half of them would be the wrong ones."""
+    path = tmp_path / "close"
+    write_demo(path, dtype="fp32", n_group=1, num_experts_per_tok=2)
+    tensors = read_tensors(path)
+    for name, tensor in tensors.items():
+        if name.endswith("mlp.gate.weight"):  # pairs of experts, the second ahead by a thousandth where it is positive
+            tensor[1::2] = tensor[::2] * 1.001
+        elif name.endswith("expert_bias"):
+            tensor.zero_()
+    write_tensors(path, tensors)
+    edit_config(path, num_experts_per_tok=1, norm_topk_prob=False)
+    prompts, (answers,) = prompt_logprobs(tmp_path, [path], "bfloat16")
+    model = ascend.load_model(path)
+    differences = []
+    for prompt, positions in zip(prompts, answers, strict=True):
+        with torch.no_grad():
+            ours = model(torch.tensor([prompt]))[0].log_softmax(-1)
+        for t, logprobs in enumerate(positions[1:]):
+            differences += [abs(ours[t, int(token)].item() - value) for token, value in logprobs.items()]
+    assert torch.tensor(differences).median() < 0.1

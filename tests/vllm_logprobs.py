@@ -1,7 +1,7 @@
 """Run by `test_vllm_parity.py` in a process of its own: prompt logprobs of several checkpoints from the real vLLM.
 
 `python tests/vllm_logprobs.py PROMPTS.json OUT.json DIR…`: PROMPTS is a list of lists of token ids; OUT gets, per
-directory and prompt, one ``{token: logprob}`` per position (None for the first).
+directory and prompt, one ``{token: logprob}`` per position (None for the first). In float32, or TESTED_DTYPE.
 """
 
 from __future__ import annotations
@@ -29,10 +29,11 @@ def main() -> None:
 
     prompts, out, *directories = sys.argv[1:]
     token_ids = [{"prompt_token_ids": ids} for ids in json.loads(Path(prompts).read_text())]
+    dtype = os.environ.get("TESTED_DTYPE", "float32")
     result = []
     for directory in directories:
         llm = LLM(
-            directory, dtype="float32", enforce_eager=True, max_model_len=256, max_num_seqs=4, trust_remote_code=False
+            directory, dtype=dtype, enforce_eager=True, max_model_len=256, max_num_seqs=4, trust_remote_code=False
         )
         outputs = llm.generate(token_ids, SamplingParams(max_tokens=1, prompt_logprobs=TOP), use_tqdm=False)
         result.append([[named(position) for position in output.prompt_logprobs] for output in outputs])

@@ -3,14 +3,15 @@
 1. The configuration class. Without it a directory whose config.json has an `auto_map` is refused unless remote code is
    allowed, and one without is not known at all. With it registered, transformers takes it and never looks at the
    `auto_map`. To be dropped when transformers has the class.
-2. A model class that leaves out the MTP layers, see `model.py`.
-3. On the CPU: a quantization method that widens what vLLM has no kernels for, see `widened.py`.
-4. On the CPU: experts over several data parallel ranks, see `experts.py`.
+2. A model class that leaves out the MTP layers, routes in fp32 and can be drafted for, see `model.py`.
+3. Its MTP layers as a draft model, see `mtp.py` and `drafts.py`.
+4. On the CPU: a quantization method that widens what vLLM has no kernels for, see `widened.py`.
+5. On the CPU: experts over several data parallel ranks, see `experts.py`.
 """
 
 from __future__ import annotations
 
-ARCHITECTURE = "BailingMoeV2ForCausalLM"
+from serve.plugin.drafts import MTP, TARGET, add_draft_config
 
 
 def register() -> None:
@@ -21,7 +22,10 @@ def register() -> None:
     import ascend
 
     ascend.register()
-    ModelRegistry.register_model(ARCHITECTURE, f"serve.plugin.model:{ARCHITECTURE}")  # imported only where it is needed
+    # By name: imported only where they are needed.
+    ModelRegistry.register_model(TARGET, f"serve.plugin.model:{TARGET}")
+    ModelRegistry.register_model(MTP, f"serve.plugin.mtp:{MTP}")
+    add_draft_config()
     if current_platform.is_cpu():
         import serve.plugin.experts  # completes vLLM's
         import serve.plugin.widened  # noqa: F401, registers its method

@@ -1,0 +1,158 @@
+"""Draft models of the real vLLM for this architecture: the MTP layer and EAGLE3 heads, fitted here, on the CPU in fp32."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import ascend
+from ascend.eagle3 import load_eagle3
+from ascend.speculation import SpeculativeDecoder
+from convert.demo import write_demo
+from convert.eagle3_init import write_head
+from tests.drafts import fit_eagle3, fit_mtp
+from tests.launcher import ROOT
+from tests.tiny import edit_config, read_tensors, write_tensors
+
+NEW_TOKENS, SAMPLES, TEMPERATURE = 40, 3000, 0.7
+CHI_SQUARE_BOUND = 5.0  # standard deviations of the statistic; chance gives that once in a million runs
+
+
+def prompts(*lengths: int, below: int) -> list[list[int]]:
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randint(0, below, (n,), generator=generator).tolist() for n in lengths]
+
+
+def run_vllm(directory: Path, cases: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    (directory / "cases.json").write_text(json.dumps(cases))
+    run = subprocess.run(
+        [sys.executable, "-m", "tests.vllm_drafts", str(directory / "cases.json"), str(directory / "out.json")],
+        cwd=ROOT,
+        env={**os.environ, "VLLM_CPU_OMP_THREADS_BIND": "nobind"},
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
+    )
+    assert run.returncode == 0, run.stderr[-3000:]
+    answers: list[dict[str, Any]] = json.loads((directory / "out.json").read_text())
+    return answers
+
+
+def steps_of_ours(model_path: Path, texts: list[list[int]], drafts: int, head: Path | None) -> int:
+    """Verifications that `ascend` needs for the same text: as many only if it accepts the same drafts."""
+    model = ascend.load_model(model_path)
+    drafter, steps = load_eagle3(head, model) if head else None, 0
+    with torch.inference_mode():
+        for ids in texts:
+            decoder = SpeculativeDecoder(model, torch.tensor([ids]), None, NEW_TOKENS, drafts=drafts, drafter=drafter)
+            decoder.prefill()
+            while decoder.answer.left():
+                decoder.run(1)
+                steps += 1
+    return steps
+
+
+@pytest.mark.slow
+@pytest.mark.beside
+def test_greedy_text_is_that_of_plain_decoding_and_the_drafts_are_ours(tmp_path: Path) -> None:
+    """Every draft model accepts exactly what `ascend`'s own accepts, in prompts of several lengths at once."""
+    texts = prompts(5, 37, 12, 60, 3, 20, below=2000)
+    model, two, heads = tmp_path / "tiny", tmp_path / "two", [tmp_path / name for name in ("head", "small", "inputs")]
+    write_demo(model, dtype="fp32")
+    fit_mtp(model, texts, NEW_TOKENS)
+    write_demo(two, dtype="fp32", num_nextn_predict_layers=2)
+    write_head(heads[0], model, dtype="fp32")
+    assert fit_eagle3(heads[0], model, texts, NEW_TOKENS, steps=60) > 0.9
+    write_head(heads[1], model, dtype="fp32", draft_vocab_size=700)
+    fit_eagle3(heads[1], model, texts, NEW_TOKENS, steps=60)
+    # The other meaning of the ids: layers 2 and up are inputs. The fit sees the same ids, so the streams must agree.
+    write_head(heads[2], model, dtype="fp32")
+    edit_config(heads[2], eagle_config={"eagle_aux_hidden_state_layer_ids": [0, 2, 3], "use_aux_hidden_state": True})
+    assert fit_eagle3(heads[2], model, texts, NEW_TOKENS, steps=60) > 0.9
+    variants: list[tuple[Path, int, Path | None]] = [
+        (model, 0, None), (model, 1, None), (model, 3, None), *((model, 3, head) for head in heads),
+        (two, 0, None), (two, 2, None),
+    ]  # fmt: skip
+
+    def speculative(drafts: int, head: Path | None) -> dict[str, Any] | None:
+        named = {"method": "eagle3", "model": str(head)} if head else {"method": "mtp"}
+        return named | {"num_speculative_tokens": drafts} if drafts else None
+
+    greedy = {"temperature": 0.0, "max_tokens": NEW_TOKENS}
+    answers = run_vllm(
+        tmp_path,
+        [
+            {"model": str(path), "speculative": speculative(drafts, head), "prompts": texts, "sampling": greedy}
+            for path, drafts, head in variants
+        ],
+    )
+    plain = {model: answers[0]["tokens"], two: answers[6]["tokens"]}
+    for (path, drafts, head), answer in zip(variants, answers, strict=True):
+        assert answer["tokens"] == plain[path], (path, drafts, head)
+        if drafts:
+            assert answer["drafted"] == drafts * answer["drafts"]
+            assert answer["drafts"] == steps_of_ours(path, texts, drafts, head), (path, drafts, head)
+    accepted = [answer["accepted"] / answer["drafts"] for answer in answers[1:6]]
+    assert min(accepted) > 0.2, accepted  # the fitted ones; the random layers of `two` agree by chance alone
+
+
+@pytest.mark.slow
+@pytest.mark.beside
+def test_rejection_sampling_keeps_the_distribution(tmp_path: Path) -> None:
+    """Sampled: the second and third tokens, both drafted first, are drawn as the model alone draws them."""
+    shape = {"vocab_size": 300, "hidden_size": 64, "num_attention_heads": 2, "num_key_value_heads": 1}
+    path = tmp_path / "tiny"
+    write_demo(path, dtype="fp32", **shape)
+    # Its next token follows from the last one alone, so that the layer can be fitted to texts that are drawn.
+    tensors = read_tensors(path)
+    for name, tensor in tensors.items():
+        if name.endswith(("attention.dense.weight", "down_proj.weight")):
+            tensor.zero_()
+    write_tensors(path, tensors)
+    fit_mtp(path, prompts(*[40] * 10, below=280), 40)
+    (prompt,) = prompts(9, below=280)
+    sampling = {"temperature": TEMPERATURE, "max_tokens": 3}
+    speculative = {"method": "mtp", "num_speculative_tokens": 2}
+    case = {"model": str(path), "speculative": speculative, "prompts": [prompt], "sampling": sampling, "n": SAMPLES}
+    (answer,) = run_vllm(tmp_path, [case])
+    assert 0.1 < answer["accepted"] / answer["drafted"] < 0.9, answer  # both branches are taken
+    drawn = torch.tensor(answer["tokens"][0])
+    assert drawn.shape == (SAMPLES, 3)
+
+    model = ascend.load_model(path)
+    with torch.no_grad():
+        first_V = sampled(model, [prompt], TEMPERATURE)[0]
+        pairs = [[*prompt, token] for token in range(300)]
+        second_VV = sampled(model, pairs, TEMPERATURE)
+        common = int(drawn[:, 0].bincount().argmax())
+        third_VV = sampled(model, [[*prompt, common, token] for token in range(300)], TEMPERATURE)
+        sharper_VV = sampled(model, pairs, 0.9 * TEMPERATURE)
+    marginal_V = first_V @ second_VV
+    after = drawn[drawn[:, 0] == common]
+    assert chi_square(drawn[:, 1], marginal_V) < CHI_SQUARE_BOUND
+    assert chi_square(after[:, 2], second_VV[common] @ third_VV) < CHI_SQUARE_BOUND
+    assert chi_square(drawn[:, 1], first_V @ sharper_VV) > CHI_SQUARE_BOUND  # another distribution is told apart
+
+
+def sampled(model: ascend.BailingMoeV2ForCausalLM, texts: list[list[int]], temperature: float) -> torch.Tensor:
+    """Probabilities of the token after each text, ``[texts, V]``."""
+    return (model(torch.tensor(texts))[:, -1] / temperature).softmax(-1)
+
+
+def chi_square(drawn_N: torch.Tensor, expected_V: torch.Tensor) -> float:
+    """Pearson's statistic as standard deviations above its mean; tokens expected less than 5 times count as one."""
+    count_V = drawn_N.bincount(minlength=len(expected_V)).double()
+    wanted_V = expected_V.double() * len(drawn_N)
+    rare = wanted_V < 5
+    count, wanted = (torch.cat([one[~rare], one[rare].sum()[None]]) for one in (count_V, wanted_V))
+    degrees = len(count) - 1
+    assert degrees >= 10
+    return float((((count - wanted) ** 2 / wanted).sum() - degrees) / (2 * degrees) ** 0.5)
