@@ -10,11 +10,8 @@ Shapes: B rows, T tokens, H hidden_size, C = heads · D of queries, keys and val
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -22,19 +19,16 @@ from torch import Tensor, nn
 
 import ops
 from ascend.cache import StaticCache
-from ascend.checkpoint import SINGLE, TensorEntry, read_header
-from ascend.config import BailingMoeV2Config
-from ascend.errors import UserError, suggest
+from ascend.checkpoint import SINGLE
+from ascend.eagle3_config import EMBEDDING, TAPS, Eagle3Config, check_fits, open_head
+from ascend.errors import UserError
 from ascend.generation import positions
 from ascend.model import BailingMoeV2ForCausalLM
 from ascend.rope import Rope, cos_sin
 from ascend.weights import MLP, Weight
 from ops import layout
 
-TAPS = 3
-FLOATS = ("BF16", "F16", "F32")
-# Per parameter of the head: the checkpoint's tensors that form it, in the order of its rows. vLLM's own checkpoints say
-# "layers.0" for "midlayer".
+# Per parameter of the head: the checkpoint's tensors that form it, in the order of its rows.
 PARTS = {
     "fc.weight": ("fc.weight",),
     "input_layernorm.weight": ("midlayer.input_layernorm.weight",),
@@ -47,64 +41,6 @@ PARTS = {
     "norm.weight": ("norm.weight",),
     "lm_head.weight": ("lm_head.weight",),
 }
-EMBEDDING = "embed_tokens.weight"
-# Keys of config.json that would make it another head, and the only values that this one has.
-FIXED: dict[str, tuple[Any, ...]] = {
-    "model_type": ("llama",), "num_hidden_layers": (1,), "hidden_act": ("silu",), "rope_scaling": (None,),
-    "attention_bias": (False, None), "mlp_bias": (False, None), "bias": (False, None),
-    "tie_word_embeddings": (False, None), "norm_before_residual": (False, None), "norm_before_fc": (False, None),
-    "fc_norm": (False, None), "norm_output": (False, None), "logit_scale": (1, None),
-    "num_aux_hidden_states": (TAPS, None),
-}  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Eagle3Config:
-    """Shapes of a head. tapped: the model's layers before which its stream is taken, in this order."""
-
-    hidden_size: int
-    intermediate_size: int
-    num_attention_heads: int
-    num_key_value_heads: int
-    head_dim: int
-    vocab_size: int
-    draft_vocab_size: int
-    tapped: tuple[int, ...]
-    rms_norm_eps: float = 1e-5
-    rope_theta: float = 10000.0  # transformers' default for a Llama that says nothing
-
-    @classmethod
-    def published(cls, model: BailingMoeV2Config) -> Eagle3Config:
-        """The shape that SpecForge gives Ling-flash-2.0's head (0.425 B parameters), or its like for another model."""
-        H, heads, layers = model.hidden_size, model.num_attention_heads, model.num_hidden_layers
-        tapped = default_taps(layers)
-        if len(set(tapped)) < TAPS:  # fewer than seven layers
-            tapped = (1, 2, layers - 1) if layers > TAPS else (0, 1, 2)
-        return cls(
-            hidden_size=H,
-            intermediate_size=H * 7 // 2,
-            num_attention_heads=heads,
-            num_key_value_heads=max(1, heads // 4),
-            head_dim=H // heads,
-            vocab_size=model.vocab_size,
-            draft_vocab_size=min(32000, model.vocab_size),
-            tapped=tapped,
-        )
-
-
-def default_taps(layers: int) -> tuple[int, ...]:
-    """The layers that SGLang and vLLM tap where a head's configuration names none (`set_eagle3_layers_to_capture`)."""
-    return tuple(sorted((2, layers // 2, layers - 3)))
-
-
-def tapped_layers(named: Sequence[int]) -> tuple[int, ...]:
-    """The layers before which a head is fed, of ``eagle_aux_hidden_state_layer_ids`` in its ``eagle_config``.
-
-    Published heads use either of two meanings: SpecForge names the layers whose output it takes, others those whose
-    input it is. No head is fed the embedding, so one that names layer 1 means outputs; that is SGLang's rule too
-    (pull request 25454). vLLM takes all for inputs (its pull request 43671).
-    """
-    return tuple(i + 1 for i in named) if 1 in named else tuple(named)
 
 
 class Eagle3Head(nn.Module):
@@ -171,12 +107,6 @@ class Eagle3Head(nn.Module):
         return self.dense(out_BTND.flatten(2))
 
 
-def tensor_shapes(config: Eagle3Config) -> dict[str, tuple[int, ...]]:
-    """Shapes of a head's weights by their names in a checkpoint, without d2t and t2d."""
-    with torch.device("meta"):
-        return {name: tuple(place.shape) for name, place in _places(Eagle3Head(config))}
-
-
 def random_head(model: BailingMoeV2ForCausalLM, config: Eagle3Config | None = None, *, seed: int = 0) -> Eagle3Head:
     """A head with random weights for measuring, on the model's device, in its dtype and with its embedding."""
     head = _empty(config or Eagle3Config.published(model.config), model)
@@ -199,19 +129,13 @@ def load_eagle3(path: str | Path, model: BailingMoeV2ForCausalLM) -> Eagle3Head:
     Raises `UserError` for a pickle, a head of another form or for another model, and tensors missing, extra or wrong.
     """
     path = Path(path)
-    config = _read_config(path, model.config)
-    file = path / SINGLE
-    pickles = sorted(path.glob("*.bin")) + sorted(path.glob("*.pt"))
-    if not file.is_file() and pickles:
-        raise UserError(f"{pickles[0]}: a pickle can run code when it is opened; convert it to {SINGLE} first")
-    entries = read_header(file)
-    names = {name.replace("layers.0.", "midlayer."): name for name in entries}
+    config, names = open_head(path, model.config)
     head = _empty(config, model)
     wanted = dict(_places(head))
     if EMBEDDING in names:  # trained along: then not shared
         head.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, device=model.device, dtype=model.dtype)
         wanted[EMBEDDING] = head.embed_tokens.requires_grad_(False).weight
-    _check(file, {name: entries[stored] for name, stored in names.items()}, wanted, config)
+    file = path / SINGLE
     with safe_open(file, framework="pt") as stored, torch.no_grad():
         for name, place in wanted.items():
             place.copy_(stored.get_tensor(names[name]))
@@ -227,15 +151,7 @@ def load_eagle3(path: str | Path, model: BailingMoeV2ForCausalLM) -> Eagle3Head:
 
 def _empty(config: Eagle3Config, model: BailingMoeV2ForCausalLM) -> Eagle3Head:
     """A head for ``model`` whose weights are yet to be filled. Raises `UserError` if it does not go with the model."""
-    layers = model.config.num_hidden_layers
-    for key in ("hidden_size", "vocab_size"):
-        if getattr(config, key) != getattr(model.config, key):
-            ours, theirs = getattr(model.config, key), getattr(config, key)
-            raise UserError(f"the draft head has {key} {theirs}, the model {ours}: it was made for another model")
-    if len(config.tapped) != TAPS or not all(0 <= layer < layers for layer in config.tapped):
-        raise UserError(f"the draft head taps layers {list(config.tapped)}, expected {TAPS} of the model's {layers}")
-    if list(config.tapped) != sorted(set(config.tapped)):
-        raise UserError(f"the draft head taps layers {list(config.tapped)}, expected them in rising order")
+    check_fits(config, model.config)
     with torch.device("meta"):
         head = Eagle3Head(config)
     dtypes = {name: model.dtype for name in PARTS}
@@ -254,62 +170,3 @@ def _places(head: Eagle3Head) -> Iterator[tuple[str, Tensor]]:
     for name, parts in PARTS.items():
         parameter = head.get_parameter(name).data
         yield from zip(parts, parameter.split(sizes.get(name, len(parameter))), strict=True)
-
-
-def _check(file: Path, entries: dict[str, TensorEntry], wanted: dict[str, Tensor], config: Eagle3Config) -> None:
-    shapes = {name: (tuple(place.shape), FLOATS) for name, place in wanted.items()}
-    tables: dict[str, tuple[tuple[int, ...], tuple[str, ...]]] = {
-        "d2t": ((config.draft_vocab_size,), ("I64", "I32")),
-        "t2d": ((config.vocab_size,), ("BOOL",)),
-    }
-    needed = set(shapes) | ({"d2t"} if config.draft_vocab_size < config.vocab_size else set())
-    for name in sorted(needed - entries.keys()):
-        raise UserError(f"{file}: tensor {name} is missing")
-    for name, entry in entries.items():
-        if name not in shapes | tables:
-            raise UserError(f"{file}: tensor {name} has no place in the draft head{suggest(name, shapes | tables)}")
-        shape, dtypes = (shapes | tables)[name]
-        if entry.shape != shape or entry.dtype not in dtypes:
-            expected = f"{' or '.join(dtypes)} {list(shape)}"
-            raise UserError(f"{file}: tensor {name} is {entry.dtype} {list(entry.shape)}, expected {expected}")
-
-
-def _read_config(path: Path, model: BailingMoeV2Config) -> Eagle3Config:
-    file = path / "config.json"
-    try:
-        keys = json.loads(file.read_text())
-    except OSError as error:
-        raise UserError(f"{file}: cannot be read: {error.strerror}; a draft head is a directory that has it") from None
-    except ValueError as error:
-        raise UserError(f"{file}: not readable as JSON ({error}); the file is damaged") from None
-    if not isinstance(keys, dict):
-        raise UserError(f"{file}: holds a {type(keys).__name__}, expected an object with the head's shapes")
-    for key, values in FIXED.items():
-        if keys.get(key, values[-1]) not in values:
-            raise UserError(f"{file}: {key} is {keys[key]!r}, this toolkit knows draft heads with {values[0]!r} alone")
-    # transformers 5 writes what was rope_scaling and rope_theta here.
-    rope = keys.get("rope_parameters") or {}
-    if rope.get("rope_type", "default") != "default":
-        raise UserError(
-            f"{file}: rope_type is {rope['rope_type']!r}, this toolkit knows draft heads with 'default' alone"
-        )
-    eagle = keys.get("eagle_config") or {}
-    if not eagle.get("use_aux_hidden_state", True):
-        raise UserError(f"{file}: use_aux_hidden_state is off, so this is no EAGLE3 head")
-    named = eagle.get("eagle_aux_hidden_state_layer_ids")
-    try:
-        heads = keys["num_attention_heads"]
-        return Eagle3Config(
-            hidden_size=keys["hidden_size"],
-            intermediate_size=keys["intermediate_size"],
-            num_attention_heads=heads,
-            num_key_value_heads=keys.get("num_key_value_heads") or heads,
-            head_dim=keys.get("head_dim") or keys["hidden_size"] // heads,
-            vocab_size=keys["vocab_size"],
-            draft_vocab_size=keys.get("draft_vocab_size") or keys["vocab_size"],
-            tapped=tapped_layers(named) if named else default_taps(model.num_hidden_layers),
-            rms_norm_eps=keys.get("rms_norm_eps", 1e-6),
-            rope_theta=keys.get("rope_theta") or rope.get("rope_theta") or 10000.0,
-        )
-    except KeyError as error:
-        raise UserError(f"{file}: {error.args[0]} is missing") from None

@@ -21,7 +21,7 @@ from torch import Tensor
 from ascend.arguments import Parser
 from ascend.checkpoint import SINGLE, read_config
 from ascend.config import BailingMoeV2Config
-from ascend.eagle3 import Eagle3Config, tensor_shapes
+from ascend.eagle3_config import Eagle3Config, tensor_shapes
 from ascend.errors import UserError
 from convert.demo_config import DTYPES
 from convert.staging import staged_directory

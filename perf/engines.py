@@ -218,7 +218,8 @@ class Lean(Engine):
 
 def draft_head(model: Any, seed: int) -> Eagle3Head:
     """An EAGLE3 head of random weights for a model; one of few layers is tapped where it has any."""
-    from ascend.eagle3 import Eagle3Config, random_head
+    from ascend.eagle3 import random_head
+    from ascend.eagle3_config import Eagle3Config
 
     config, layers = Eagle3Config.published(model.config), model.config.num_hidden_layers
     if len(set(config.tapped)) < len(config.tapped) or min(config.tapped) < 0:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 import ascend
 from ascend import BailingMoeV2ForCausalLM
-from ascend.eagle3 import tapped_layers
+from ascend.eagle3_config import tapped_layers
 from tests.tiny import read_config, read_tensors, write_tensors
 
 

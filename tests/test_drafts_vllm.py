@@ -1,4 +1,4 @@
-"""Draft models of the real vLLM for this architecture: the MTP layer and EAGLE3 heads, fitted here, on the CPU in fp32."""
+"""Draft models of the real vLLM for this architecture: MTP layers and EAGLE3 heads, fitted here, on the CPU in fp32."""
 
 from __future__ import annotations
 

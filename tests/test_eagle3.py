@@ -15,7 +15,8 @@ from torch import Tensor
 import ascend
 from ascend import BailingMoeV2ForCausalLM
 from ascend.config import BailingMoeV2Config
-from ascend.eagle3 import Eagle3Config, Eagle3Head, default_taps, load_eagle3, random_head
+from ascend.eagle3 import Eagle3Head, load_eagle3, random_head
+from ascend.eagle3_config import Eagle3Config, default_taps
 from ascend.roofline import EAGLE3_PARAMETERS
 from ascend.speculation import SpeculativeDecoder
 from tests.drafts import plain_head

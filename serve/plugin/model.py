@@ -29,7 +29,7 @@ from vllm.model_executor.models.interfaces import EagleModelMixin, SupportsEagle
 from vllm.platforms import current_platform
 from vllm.sequence import IntermediateTensors
 
-from ascend.eagle3 import default_taps, tapped_layers
+from ascend.eagle3_config import default_taps, tapped_layers
 
 LAYER = re.compile(r"model\.layers\.(\d+)\.")
 
