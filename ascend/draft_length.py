@@ -15,16 +15,13 @@ import torch
 from torch import Tensor
 
 from ascend.devices import get_device
-from ascend.errors import UserError
 from ascend.generation import bucket
 from ascend.model import BailingMoeV2ForCausalLM
+from ascend.roofline import TYPICAL_ACCEPTANCE, tokens_per_step
 from ascend.speculation import Drafter, SpeculativeDecoder
 
 CANDIDATES = (1, 2, 3, 5, 7)
 REPEATS = 5
-# That a draft is right if those before it are: fits the mean acceptance lengths that SpecBundle publishes for EAGLE3 on
-# Ling-flash-2.0 over seven sets, 2.84 with 3 drafts (here 2.83), 3.44 with 5 (3.46) and 3.79 with 7 (3.84).
-TYPICAL_ACCEPTANCE = (0.773,)
 
 
 @dataclass(frozen=True)
@@ -38,20 +35,6 @@ class StepCosts:
     def seconds(self, drafts: int) -> float:
         """Seconds of a step with so many drafts; 0 is a plain one."""
         return self.verify[drafts] + drafts * self.draft if drafts else self.plain
-
-
-def tokens_per_step(drafts: int, acceptance: Sequence[float]) -> float:
-    """Tokens that a step gains on average: 1 + p1 + p1·p2 + …, where p_n says how likely draft n is right after others.
-
-    The last of ``acceptance`` holds for all further drafts. Raises `UserError` for what is no probability.
-    """
-    if not acceptance or not all(0 <= p <= 1 for p in acceptance):
-        raise UserError(f"acceptance is {list(acceptance)}, it must be probabilities from 0 to 1, one or more")
-    gained, reached = 1.0, 1.0
-    for n in range(drafts):
-        reached *= acceptance[min(n, len(acceptance) - 1)]
-        gained += reached
-    return gained
 
 
 def choose_drafts(costs: StepCosts, acceptance: Sequence[float] = TYPICAL_ACCEPTANCE) -> int:

@@ -62,10 +62,10 @@ def inspect(path: str | Path) -> Report:
     directory = path.parent if path.is_file() else path
     config = read_config(directory)
     shape = checked_shape(config)
-    mtp_layers = _count(config, "num_nextn_predict_layers", LAYER_LIMIT)
+    mtp_layers = mtp_count(config)
     context = _count(config, "max_position_embeddings") or DEFAULT_CONTEXT
     model = _model(config, shape, mtp_layers, context)
-    counted = {"total": parameters(shape).total, "active": _active(shape), "mtp": _mtp(shape, mtp_layers).total}
+    counted = {"total": parameters(shape).total, "active": _active(shape), "mtp": mtp_part(shape, mtp_layers).total}
     files = _files(directory, config)
     has_weights = (directory / INDEX).is_file() or (directory / SINGLE).is_file()
     if path.is_file() or not has_weights:
@@ -127,6 +127,11 @@ def checked_shape(config: Mapping[str, Any]) -> ModelShape:
         elif value is not None and value > limit:
             raise UserError(f"config.json: {field.name} is {_short(value)}, no model of this architecture is so large")
     return shape
+
+
+def mtp_count(config: Mapping[str, Any]) -> int:
+    """The MTP layers that a `config.json` names. Raises `UserError` for what is no number of layers."""
+    return _count(config, "num_nextn_predict_layers", LAYER_LIMIT)
 
 
 def _count(config: Mapping[str, Any], key: str, limit: int = LIMIT) -> int:
@@ -192,7 +197,7 @@ def _but(kept: Any) -> str:
     return f"; {len(kept)} modules or patterns left out" if isinstance(kept, list) and kept else ""
 
 
-def _mtp(shape: ModelShape, mtp_layers: int, precision: Precision | None = None) -> ByPart:
+def mtp_part(shape: ModelShape, mtp_layers: int, precision: Precision | None = None) -> ByPart:
     """Count the MTP layers, in weights or bytes: layers with experts, and what only they have, which is plain."""
     if not mtp_layers:
         return ByPart(*(0.0 for _ in fields(ByPart)))
@@ -206,7 +211,7 @@ def _mtp(shape: ModelShape, mtp_layers: int, precision: Precision | None = None)
 
 def _planned(shape: ModelShape, mtp_layers: int, precision: Precision) -> dict[str, float]:
     """Bytes by class that a checkpoint of this precision would have."""
-    main, mtp = weight_bytes(shape, precision), _mtp(shape, mtp_layers, precision)
+    main, mtp = weight_bytes(shape, precision), mtp_part(shape, mtp_layers, precision)
     return {name: value + getattr(mtp, name) for name, value in vars(main).items()}
 
 

@@ -191,8 +191,8 @@ class Lean(Engine):
             raise UserError(f"the decode step cannot be captured on this device ({said}): give --eager") from error
 
     def _new(self, ids: Tensor, longest: int, speculative: bool, capture: bool) -> Decoder:
-        from ascend.draft_length import TYPICAL_ACCEPTANCE, tokens_per_step
         from ascend.generation import Decoder
+        from ascend.roofline import TYPICAL_ACCEPTANCE, tokens_per_step
         from ascend.speculation import Acceptance, SpeculativeDecoder
 
         kv, forced = self.setting.kv, self.setting.acceptance

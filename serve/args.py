@@ -11,6 +11,7 @@ from typing import NoReturn
 
 from ascend.errors import UserError, suggest
 from serve.config_file import ConfigFile, read_config, read_profile
+from serve.planning.wanted import METHODS
 from serve.settings import LaunchSettings
 
 DTYPES = ("auto", "bfloat16", "float16", "float32")
@@ -220,9 +221,10 @@ def _parser() -> argparse.ArgumentParser:
     add("--block-size", type=_positive, metavar="TOKENS")
     add(
         "--speculative",
-        metavar="off|ngram|ngram:K",
-        help="K drafts a step, found in what was there before; default: off",
+        metavar="|".join(METHODS),
+        help="what drafts tokens to verify: MTP layers, a draft head, the text so far; default: off",
     )
+    add("--speculative-tokens", type=_positive, metavar="K", help="drafts a step; default: what pays most, or none")
 
     add = parser.add_argument_group("watching it").add_argument
     add(

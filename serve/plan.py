@@ -13,6 +13,7 @@ from ascend.arguments import Parser
 from ascend.precision import PRECISIONS
 from serve.planning import Wanted, found_cards, make_plan, open_model, parse_cards
 from serve.planning.page import config_file, page
+from serve.planning.wanted import METHODS
 
 DEFAULT_MODEL = "antangelmed"
 
@@ -52,7 +53,8 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     add("--expert-parallel", action=argparse.BooleanOptionalAction, help="whole experts on each card")
     add("--gpu-memory-utilization", type=_number, metavar="SHARE")
     add("--block-size", type=_positive, metavar="TOKENS")
-    add("--speculative", metavar="off|ngram|ngram:K")
+    add("--speculative", metavar="|".join(METHODS), help="what drafts tokens to verify; default: off")
+    add("--speculative-tokens", type=_positive, metavar="K", help="drafts a step; default: what pays most")
     add("--quantization", metavar="METHOD", help="of the engine, by name")
     add("--json", action="store_true", help="end with one line of JSON")
     add("--yaml", action="store_true", help="print a file for serve/launch.sh --config instead")

@@ -27,6 +27,8 @@ from serve.planning.traps import TRAPS, graph_notes, graph_problem
 from serve.settings import LaunchSettings
 from serve.watch.isolation import isolated
 
+PLANNED_DRAFTS = ("mtp", "eagle3")
+
 
 @dataclass(frozen=True)
 class Resolved:
@@ -70,6 +72,12 @@ def resolve(settings: LaunchSettings, checkpoint: Checkpoint | None) -> Resolved
         raise UserError(
             "--hf-overrides would take the place of the plan's, and positions would silently be wrong: put this into "
             f"it, too: {json.dumps(rope)}"
+        )
+    own = given.get("speculative-config")
+    if isinstance(own, Mapping) and own.get("method") in PLANNED_DRAFTS:
+        raise UserError(
+            f"--speculative-config {own['method']} would take memory that the plan has given to the cache: take "
+            "--speculative, and --speculative-tokens for the number of drafts"
         )
     planned = {flag: value for flag, value in flags.items() if flag not in given}
     # torch's own place for compiled code is below /tmp: often noexec, and open to whoever was there first.

@@ -42,6 +42,7 @@ class LaunchSettings:
     kv_cache_dtype: str | None
     block_size: int | None
     speculative: str | None
+    speculative_tokens: int | None
     timeout: float
     canary: str
     hang: float

@@ -170,7 +170,7 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         {"hf-overrides": {"rope_scaling": {**YARN, "truncate": False}}},
         {"hf-overrides": {"rope_scaling": YARN}},
     ),
-    "speculative": ({"speculative-config": {"method": "mtp"}}, {"speculative-config": {"method": "ngram"}}),
+    "speculative": ({"speculative-config": {"method": "medusa"}}, {"speculative-config": {"method": "ngram"}}),
     "drafts": (
         {"speculative-config": {"method": "ngram", "num_speculative_tokens": 16}},
         {"speculative-config": {"method": "ngram", "num_speculative_tokens": 15}},

@@ -90,7 +90,7 @@ def test_a_file_holds_every_setting() -> None:
     in_file = {**content, **content.pop("engine-flags")}
     in_file["enable-expert-parallel"] = in_file.pop("expert-parallel")
     assert in_file.items() >= plan.settings.items()
-    assert in_file["speculative"] == "ngram:3"
+    assert (in_file["speculative"], in_file["speculative-tokens"]) == ("ngram", 3)
     assert in_file["speculative-config"] == {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 4}
     assert in_file["kv-cache-dtype"] == "fp8"
 

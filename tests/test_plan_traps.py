@@ -44,8 +44,9 @@ REFUSED = [  # cards, wishes, what is said, what would do
     ("8x910B3", {"tensor_parallel_size": 8, "data_parallel_size": 2}, "16 cards of 8", "--tensor-parallel-size 4"),
     ("16x910B3", {"nodes": 2, "tensor_parallel_size": 8, "data_parallel_size": 1}, "evenly", "--data-parallel-size 2"),
     ("8x910B3", {"pipeline_parallel_size": 33}, "33", "without --pipeline-parallel-size"),
-    ("8x910B3", {"speculative": "mtp"}, "neither MTP nor EAGLE3", "without --speculative"),
-    ("8x910B3", {"speculative": "eagle3"}, "neither MTP nor EAGLE3", "without --speculative"),
+    ("8x910B3", {"speculative": "mtp"}, "has no MTP layer", "without --speculative"),
+    ("8x910B3", {"speculative": "ngram", "speculative_tokens": 16}, "16 tokens of a sequence",
+     "--speculative-tokens 15"),
     ("8x910B3", {"speculative": "ngram:16"}, "16 tokens of a sequence", "--speculative ngram:15"),
     ("8x910B3", {"max_num_seqs": 64, "max_num_batched_tokens": 32}, "a token of each", "--max-num-seqs 32"),
     ("8x910B3", {"max_model_len": 131073}, "more than the 131072 tokens", "--max-model-len 131072"),
@@ -151,10 +152,22 @@ def test_cuda_cites_nothing_of_vllm_ascend() -> None:
             assert "910B" not in choice.why, choice
 
 
-@pytest.mark.parametrize("text", ["ngram:0", "ngram:x", "off:3", "mtp:1"])
-def test_drafts_are_of_ngram_and_one_or_more(text: str) -> None:
-    with pytest.raises(UserError, match="write ngram or ngram:3"):
-        plan("8x910B3", speculative=text)
+@pytest.mark.parametrize(
+    ("text", "tokens", "said"),
+    [
+        ("ngram:0", None, "write ngram or ngram:3"),
+        ("ngram:x", None, "write ngram or ngram:3"),
+        ("ngram:3", 4, "write ngram or ngram:3"),
+        ("off:3", None, "there is off, mtp, eagle3:DIR, ngram"),
+        ("mtp:1", None, "there is off, mtp, eagle3:DIR, ngram"),
+        ("eagle3", None, "there is off, mtp, eagle3:DIR, ngram"),
+        ("eagle3:/absent", None, "no such directory"),
+        ("off", 3, "without --speculative"),
+    ],
+)
+def test_what_drafts_is_one_of_a_few(text: str, tokens: int | None, said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        plan("8x910B3", speculative=text, speculative_tokens=tokens)
 
 
 def test_more_drafts_than_a_step_has_graphs_for_are_one_sequence() -> None:
@@ -351,6 +364,7 @@ def test_every_trap_says_why_and_who_knows() -> None:
 # --- any wish: a plan that keeps every rule, or one line ---
 
 MODELS = {
+    "with mtp": model_of(demo_config("ling-flash", 0, "bf16", None, {"num_nextn_predict_layers": 1})[0], "with-mtp"),
     "antangelmed": FLASH,
     "ling-flash": PLAIN,
     "ling-mini": open_model("ling-mini"),

@@ -12,9 +12,10 @@ from torch import Tensor
 
 import ascend
 from ascend import BailingMoeV2ForCausalLM
-from ascend.draft_length import StepCosts, choose_drafts, measure_costs, tokens_per_step
+from ascend.draft_length import StepCosts, choose_drafts, measure_costs
 from ascend.eagle3 import random_head
 from ascend.generation import Decoder
+from ascend.roofline import tokens_per_step
 from ascend.speculation import Acceptance, MTPDrafter, SpeculativeDecoder
 from tests.tiny import checkpoint, user_error
 

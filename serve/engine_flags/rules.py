@@ -83,6 +83,7 @@ class Rule(NamedTuple):
 
 
 _ALL = ("npu", "cuda", "cpu")
+_DRAFTING = ("", "ngram", "ngram_gpu", "suffix", "draft_model", "mtp", "eagle3")
 
 
 def _number(value: Any) -> float:
@@ -194,9 +195,9 @@ RULES = (
          and not a.rope.get("truncate"),
          "--hf-overrides: YaRN without '\"truncate\": true' gives other positions than the model's beyond its original "
          "length: add it", "nobody; ops/rotary_embedding.py:269"),
-    Rule("speculative", lambda a: _method(a) not in ("", "ngram", "ngram_gpu", "suffix", "draft_model"),
-         "--speculative-config: no engine drafts for this architecture by itself (MTP, EAGLE): take "
-         "'{\"method\": \"ngram\", …}'", "vLLM config/speculative.py:730; model_runner_v1.py:3756", _ALL),
+    Rule("speculative", lambda a: _method(a) not in _DRAFTING,
+         "--speculative-config: that method is not for this architecture: take --speculative mtp, eagle3:DIR or ngram",
+         "vLLM config/speculative.py:730; model_runner_v1.py:3756", _ALL),
     Rule("drafts", lambda a: _number(a.inside("speculative-config.num_speculative_tokens")) >= _TND_TOKENS,
          "--speculative-config: num_speculative_tokens is at most 15 here", "attention/attention_v1.py:251"),
     Rule("additional-config", lambda a: a.on("additional-config"),

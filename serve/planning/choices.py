@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from ascend.devices.facts import GiB, MiB
+from ascend.roofline import TYPICAL_ACCEPTANCE
 from serve.planning.draft import MC2_LEAST_CARDS, Draft
 from serve.planning.limits import CONTEXT, PLANNED_SHARE, expert_bytes
 from serve.planning.memory import CardMemory, communicators
@@ -72,11 +73,7 @@ def _reasons(draft: Draft, memory: CardMemory, wanted: Wanted, typical: int) -> 
             TRAPS["graphs"].source,
         ),
         "additional-config": (f"with expert parallelism: {TRAPS['flashcomm1'].why}", TRAPS["flashcomm1"].source),
-        "speculative-config": (
-            f"as asked: {load.drafts} drafts out of the text itself; it gains where answers repeat the prompt, and "
-            "costs elsewhere",
-            TRAPS["speculative"].source,
-        ),
+        "speculative-config": (_drafting(draft), TRAPS["speculative"].source),
     }
     if groups and npu:
         why, source = reasons["gpu-memory-utilization"]
@@ -85,6 +82,22 @@ def _reasons(draft: Draft, memory: CardMemory, wanted: Wanted, typical: int) -> 
         )
         reasons["gpu-memory-utilization"] = (why + buffers, source)
     return reasons
+
+
+def _drafting(draft: Draft) -> str:
+    drafter, gained = draft.drafter, draft.gain
+    if drafter.method == "ngram":
+        return (
+            f"as asked: {drafter.tokens} drafts out of the text itself; it gains where answers repeat the prompt, and "
+            "costs elsewhere"
+        )
+    if gained is None:
+        return f"as asked: {drafter.tokens} drafts a step; whether that pays here nobody has said"
+    return (
+        f"as asked: {drafter.tokens} drafts a step, at the limit {gained.full:.2f} times as fast with all sequences, "
+        f"{gained.single:.2f} with one, if a draft is right {TYPICAL_ACCEPTANCE[0]:.0%} of the time, which fits the "
+        "published heads of this family"
+    )
 
 
 def _dtype(draft: Draft) -> tuple[str, str]:
@@ -144,7 +157,8 @@ def _unset(draft: Draft) -> Iterator[tuple[str, str, str, str]]:
     """What is left as the engine has it, and should be known."""
     caching, speculative = TRAPS["prefix-caching"], TRAPS["speculative"]
     yield "enable-prefix-caching", "on", caching.why, caching.source
-    if draft.speculative == "off":
-        yield "speculative-config", "off", speculative.why, speculative.source
+    if draft.drafter.method == "off":
+        declined = "asked for, but they do not pay here" if draft.gain else speculative.why
+        yield "speculative-config", "off", declined, speculative.source
     if draft.cards.device == "cuda":
         yield "compilation-config", "vLLM's own", f"{len(draft.load.graphs)} sizes of graphs", "vllm/config/vllm.py"

@@ -12,6 +12,7 @@ from ascend.devices.facts import GiB, MiB
 from ascend.errors import UserError
 from convert.cards import SEQUENCE_LENGTH
 from serve.planning.cards import Cards
+from serve.planning.drafter import Drafter, drafters
 from serve.planning.memory import Division
 from serve.planning.model import PlannedModel
 from serve.planning.result import Choice, Plan
@@ -38,14 +39,16 @@ def cpu_plan(model: PlannedModel, cards: Cards, wanted: Wanted) -> Plan:
     here = -(-data // wanted.nodes)  # replicas on this machine
     memory = get_device("cpu").memory()
     free = memory.free if cards.memory == memory.total else cards.memory
-    per_token = kv_bytes_per_card(model.shape, 1, 1, Sharding(tensor), wide)
+    drafter = drafters(wanted, model, model.precision)[0]
+    weight_bytes += int(sum(drafter.nbytes.values()) + drafter.divided + drafter.whole) * wide // 2
+    per_token = kv_bytes_per_card(model.shape, 1, 1, Sharding(tensor), wide) + drafter.kv_bytes_per_token(tensor, wide)
     space = kv_gib(per_token * length, weight_bytes * here, free, tensor * here)
     if weight_bytes * here + GiB > cards.memory:
         raise UserError(
             f"{model.name} takes {weight_bytes * here / GiB:.1f} GiB of memory and {space} GiB of KV cache, the "
             f"machine has {cards.memory / GiB:.1f} GiB; serve it on cards (--cards 8x910B3-64G), or a smaller model"
         )
-    chosen = [*_asked(model, wanted, tensor, data)]
+    chosen = [*_asked(model, wanted, tensor, data, drafter)]
     if weight_bytes < EAGER_BELOW_BYTES:
         why = f"compiling pays from {EAGER_BELOW_BYTES / MiB:.0f} MiB of weights on: 83 s instead of 31 s to start"
         chosen.append(Choice("enforce-eager", True, why, "measured on 2 cores"))
@@ -78,7 +81,7 @@ def cpu_plan(model: PlannedModel, cards: Cards, wanted: Wanted) -> Plan:
     )
 
 
-def _asked(model: PlannedModel, wanted: Wanted, tensor: int, data: int) -> Iterator[Choice]:
+def _asked(model: PlannedModel, wanted: Wanted, tensor: int, data: int, drafter: Drafter) -> Iterator[Choice]:
     """Yield what was asked for, and what follows from it."""
     for name, value in (("tensor-parallel-size", tensor), ("data-parallel-size", data)):
         if value > 1:
@@ -89,6 +92,8 @@ def _asked(model: PlannedModel, wanted: Wanted, tensor: int, data: int) -> Itera
             yield Choice(name.replace("_", "-"), value, "as asked", "")
     if wanted.expert_parallel is not None and tensor * data > 1:
         yield Choice("enable-expert-parallel", wanted.expert_parallel, "as asked", "")
+    if drafter.tokens:
+        yield Choice("speculative-config", drafter.engine_setting(), "as asked", TRAPS["speculative"].source)
     overrides = hf_overrides(model, wanted.max_model_len or model.context, "cpu")
     if overrides:
         yield Choice("hf-overrides", overrides, TRAPS["yarn-cuda"].why, TRAPS["yarn-cuda"].source)
@@ -138,5 +143,3 @@ def _check(model: PlannedModel, wanted: Wanted) -> None:
     for name, value in (("precision", wanted.precision), ("kv-cache-dtype", wanted.kv_cache_dtype)):
         if value not in (None, "auto", "bf16", model.precision):
             raise UserError(f"--{name} {value} is not for the CPU: it serves what is stored, in 16 or 32 bits")
-    if wanted.speculative not in (None, "off"):
-        raise UserError(f"--speculative {wanted.speculative} is not planned on a CPU; give it to the engine after '--'")

@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from serve.planning.cards import Cards
+from serve.planning.drafter import Drafter
+from serve.planning.gain import Gain
 from serve.planning.memory import Division, Load
 from serve.planning.model import PlannedModel
 
@@ -15,7 +17,10 @@ MC2_LEAST_CARDS, MC2_MOST_EXPERTS = 16, 24  # vllm_ascend/ascend_forward_context
 
 @dataclass(frozen=True)
 class Draft:
-    """precision: of the weights. kv_dtype: "auto", "bf16" or "fp8". settings, environment: as in `Plan`."""
+    """precision: of the weights. kv_dtype: "auto", "bf16" or "fp8". settings, environment: as in `Plan`.
+
+    gain: of the drafts, which may have been left off for it; None where it is not known.
+    """
 
     model: PlannedModel
     cards: Cards
@@ -25,7 +30,8 @@ class Draft:
     division: Division
     load: Load
     utilisation: float | None
-    speculative: str
+    drafter: Drafter
+    gain: Gain | None = None
     settings: Mapping[str, Any] = field(default_factory=dict, hash=False)
     environment: Mapping[str, str] = field(default_factory=dict, hash=False)
 

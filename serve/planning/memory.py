@@ -17,6 +17,7 @@ from ascend.devices.facts import GiB, MiB
 from ascend.model_shape import ModelShape
 from convert.cards import as_precision
 from serve.planning.cards import Cards
+from serve.planning.drafter import OFF, Drafter
 
 WORKSPACE = GiB  # estimate: the runtime's context, libraries' and kernels' workspaces
 FRAGMENTS = GiB  # estimate: left free beside the graphs, since allocators lose some to fragments
@@ -103,23 +104,25 @@ def card_memory(
     load: Load,
     mc2_mib: int = HCCL_MIB,
     utilisation: float | None = None,
+    drafter: Drafter = OFF,
 ) -> CardMemory:
     """Return where the memory goes; ``kv`` takes all that is left, and is below zero where nothing is.
 
     Args:
         nbytes: of the weights by class (`PlannedModel.nbytes`).
         mc2_mib: HCCL_BUFFSIZE, which sizes the buffers of the MC2 group.
+        drafter: what drafts; its weights and its keys and values are among the model's.
         utilisation: share of the usable memory that the engine takes; None for as much as graphs leave, at most 0.92.
     """
     graphs = GRAPH_BASE + PER_GRAPH * len(load.graphs) if load.graphs else 0.0
     usable = cards.usable
     if utilisation is None:
         utilisation = max(0.01, min(MOST_UTILISED, math.floor(100 * (usable - graphs - FRAGMENTS) / usable) / 100))
-    held = weights(nbytes, shape, division)
+    held = weights(drafter.weights(nbytes, division.tensor), shape, division)
     needed = activations(shape, division, load)
     buffers = collectives(cards.device, division, mc2_mib)
     room = usable * utilisation - held - needed - buffers
-    per_block = kv_bytes_per_block(shape, division, load.block, load.kv_bytes)
+    per_block = kv_bytes_per_block(shape, division, load.block, load.kv_bytes, drafter)
     blocks = max(0, int(room // per_block))
     # A part of a block is no use to anyone: it is counted as reserve.
     kv = blocks * per_block if room >= 0 else room
@@ -150,14 +153,17 @@ def weights(nbytes: Mapping[str, float], shape: ModelShape, division: Division) 
     return weight_bytes_per_card(shape, as_precision(shape, by_class), division.sharding) + whole
 
 
-def kv_bytes_per_block(shape: ModelShape, division: Division, block: int, kv_bytes: float) -> int:
+def kv_bytes_per_block(
+    shape: ModelShape, division: Division, block: int, kv_bytes: float, drafter: Drafter = OFF
+) -> int:
     """Bytes of one block on a card, keys and values of all its layers: vLLM's page_size_bytes times its layers.
 
     A card holds at least one head, so that beyond as many cards as there are heads each lies on several
     (vllm/config/model.py, get_num_kv_heads).
     """
     stage = replace(shape, num_hidden_layers=division.layers(shape))
-    return int(kv_bytes_per_card(stage, 1, block, division.sharding, kv_bytes))
+    drafts = block * drafter.kv_bytes_per_token(division.tensor, kv_bytes)
+    return int(kv_bytes_per_card(stage, 1, block, division.sharding, kv_bytes) + drafts)
 
 
 def kv_tokens_needed(load: Load, typical: int) -> int:

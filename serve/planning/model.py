@@ -1,6 +1,6 @@
 """The model of a plan: its sizes, and the bytes that an engine will hold of it, from real files where there are any.
 
-Light: no torch, no transformers. The engine leaves out MTP layers (`serve/plugin/model.py`): they are not counted.
+Light: no torch, no transformers. MTP layers are counted apart: the engine loads them only to draft (`drafter.py`).
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from ascend.checkpoint import INDEX, SINGLE, open_checkpoint, read_config
 from ascend.cost import FP32_BYTES, weight_bytes
 from ascend.errors import UserError, suggest
 from ascend.model_shape import ModelShape, context_limit
-from ascend.precision import FP32, PRECISIONS
+from ascend.precision import FP32, PRECISIONS, Precision
 from ascend.stored import PLAIN, stored_weights
 from convert.classes import layer_of, tensor_class
 from convert.demo_config import SIZES, demo_config
-from convert.inspect import checked_shape
+from convert.inspect import checked_shape, mtp_count, mtp_part
 
 DEFAULT_CONTEXT = 32768  # of `BailingMoeV2Config`
 LONGEST = 10**8  # tokens: what says more is broken
@@ -35,6 +35,7 @@ class PlannedModel:
 
     config: as its `config.json` says. precision: what it is stored in, a name of `PRECISIONS`. stored: by class of
     tensor (`convert.classes`) and beside it whether quantised, (weights, bytes as stored); empty without files.
+    mtp_layers: as the config says, and as are in the files; stored_mtp: of those, as ``stored``.
     """
 
     name: str
@@ -42,6 +43,8 @@ class PlannedModel:
     shape: ModelShape
     precision: str = "bf16"
     stored: Mapping[str, Stored] = field(default_factory=dict, hash=False)
+    mtp_layers: int = 0
+    stored_mtp: Mapping[str, Stored] = field(default_factory=dict, hash=False)
 
     @property
     def context(self) -> int:
@@ -72,15 +75,31 @@ class PlannedModel:
         From the files if they are in that precision, else by formula. The router's weights are in fp32 where the
         config says so (`router_dtype`; vllm/model_executor/models/bailing_moe.py), its bias always.
         """
-        router_wide = FP32_BYTES if self.config.get("router_dtype", "fp32") == "fp32" else wide
         if self.stored and precision == self.precision:
-            found: dict[str, float] = {}
-            for name, one in self.stored.items():
-                plain = one.plain * (router_wide if name == "router" else wide)
-                found[name] = one.quantised + plain + one.bias * FP32_BYTES
-            return found
-        chosen = PRECISIONS[precision]
-        return vars(weight_bytes(self.shape, replace(chosen, router=FP32 if router_wide == FP32_BYTES else None)))
+            return self._held(self.stored, wide)
+        return vars(weight_bytes(self.shape, self._formula(precision, wide)))
+
+    def mtp_nbytes(self, precision: str, wide: int = 2) -> dict[str, float]:
+        """The same of the MTP layers."""
+        if self.stored_mtp and precision == self.precision:
+            return self._held(self.stored_mtp, wide)
+        layers = mtp_part(self.shape, self.mtp_layers, self._formula(precision, wide))
+        H = self.shape.hidden_size
+        own = self.mtp_layers * (2 * H * H + 3 * H) - H  # among the norms there
+        return vars(layers) | {"norms": layers.norms - own * wide, "mtp": float(own * wide)}
+
+    def _formula(self, precision: str, wide: int) -> Precision:
+        return replace(PRECISIONS[precision], router=FP32 if self._router_wide(wide) == FP32_BYTES else None)
+
+    def _router_wide(self, wide: int) -> int:
+        return FP32_BYTES if self.config.get("router_dtype", "fp32") == "fp32" else wide
+
+    def _held(self, stored: Mapping[str, Stored], wide: int) -> dict[str, float]:
+        found: dict[str, float] = {}
+        for name, one in stored.items():
+            plain = one.plain * (self._router_wide(wide) if name == "router" else wide)
+            found[name] = one.quantised + plain + one.bias * FP32_BYTES
+        return found
 
 
 @dataclass(frozen=True)
@@ -116,7 +135,7 @@ def model_of(config: Mapping[str, Any], name: str) -> PlannedModel:
     """Return the model of a `config.json` without weights: in BF16 unless it names a quantisation."""
     quantisation = config.get("quantization_config")
     precision = _described(quantisation) if isinstance(quantisation, dict) else "bf16"
-    return PlannedModel(name, config, checked_shape(config), precision)
+    return PlannedModel(name, config, checked_shape(config), precision, mtp_layers=mtp_count(config))
 
 
 def model_in(path: Path) -> PlannedModel:
@@ -126,19 +145,27 @@ def model_in(path: Path) -> PlannedModel:
         return model_of(config, name)
     shape = checked_shape(config)
     counts: dict[str, Counter[str]] = defaultdict(Counter)
+    mtp: dict[str, Counter[str]] = defaultdict(Counter)
+    found = set()
     formats: dict[str, set[str]] = defaultdict(set)
     for one in stored_weights(open_checkpoint(path, beside_pickles=True).tensors).values():
-        if (layer_of(one.name) or 0) >= shape.num_hidden_layers:
-            continue
-        kind = tensor_class(one.name)
+        kind, layer = tensor_class(one.name), layer_of(one.name) or 0
+        is_mtp = layer >= shape.num_hidden_layers
+        counter = (mtp if is_mtp else counts)[kind]
         if one.format != PLAIN:
-            counts[kind]["quantised"] += one.nbytes
+            counter["quantised"] += one.nbytes
         else:
-            counts[kind]["bias" if one.name.endswith(".expert_bias") else "plain"] += math.prod(one.shape)
-        if len(one.shape) == 2:
+            counter["bias" if one.name.endswith(".expert_bias") else "plain"] += math.prod(one.shape)
+        if is_mtp:
+            found.add(layer)
+        elif len(one.shape) == 2:
             formats[kind].add(one.format)
-    stored = {kind: Stored(one["quantised"], one["plain"], one["bias"]) for kind, one in counts.items()}
-    return PlannedModel(name, config, shape, _precision(formats), stored)
+    layers = min(mtp_count(config), len(found))
+    return PlannedModel(name, config, shape, _precision(formats), _stored(counts), layers, _stored(mtp))
+
+
+def _stored(counts: Mapping[str, Counter[str]]) -> dict[str, Stored]:
+    return {kind: Stored(one["quantised"], one["plain"], one["bias"]) for kind, one in counts.items()}
 
 
 def rope_settings(config: Mapping[str, Any]) -> dict[str, Any]:

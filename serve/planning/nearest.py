@@ -26,6 +26,7 @@ FIXED = (
     "kv_cache_dtype",
     "dtype",
     "speculative",
+    "speculative_tokens",
     "max_num_batched_tokens",
     "gpu_memory_utilization",
     "tpot_ms",
@@ -89,8 +90,12 @@ def _without(model: PlannedModel, cards: Cards, wanted: Wanted) -> Iterator[Chan
     if drafts.isdecimal() and int(drafts) >= MOST_TOKENS_EACH:
         fewer = f"ngram:{MOST_TOKENS_EACH - 1}"
         yield f"--speculative {fewer}", cards, replace(wanted, speculative=fewer)
+    if (wanted.speculative_tokens or 0) >= MOST_TOKENS_EACH:
+        least = MOST_TOKENS_EACH - 1
+        yield f"--speculative-tokens {least}", cards, replace(wanted, speculative_tokens=least)
     for name in given:
-        yield f"without --{name.replace('_', '-')}", cards, _free(wanted, [name])
+        names = ["speculative", "speculative_tokens"] if name == "speculative" else [name]
+        yield f"without --{name.replace('_', '-')}", cards, _free(wanted, names)
     several = [name for name in given if name in DIVISION]
     if len(several) > 1:
         flags = " and ".join(f"--{name.replace('_', '-')}" for name in several)

@@ -93,7 +93,7 @@ def config_file(plan: Plan, own: Mapping[str, Any] | None = None, given: Collect
 
     for name, value in plan.settings.items():
         if name == "speculative-config" and "speculative" not in (own or {}):  # a flag of the launcher's, too
-            lines.append(f"speculative: {value['method']}:{value['num_speculative_tokens']}")
+            lines += _speculative(value)
         if name in LAUNCHERS:
             put(name, value, "", LAUNCHER_NAMES.get(name))
     engine_only = {
@@ -116,6 +116,14 @@ def config_file(plan: Plan, own: Mapping[str, Any] | None = None, given: Collect
     for one in unset:
         lines += _comment(one._replace(why=f"{one.name} {_value(one.value)}: {one.why}"), "")
     return "\n".join(lines) + "\n"
+
+
+def _speculative(value: Mapping[str, Any]) -> list[str]:
+    head = f":{value['model']}" if "model" in value else ""
+    return [
+        f"speculative: {_yaml(value['method'] + head)}",
+        f"speculative-tokens: {value['num_speculative_tokens']}",
+    ]
 
 
 def _comment(choice: Choice, indent: str) -> list[str]:

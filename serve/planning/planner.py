@@ -18,7 +18,9 @@ from convert.cards import SEQUENCE_LENGTH
 from serve.planning.cards import Cards
 from serve.planning.choices import choices
 from serve.planning.draft import Draft
+from serve.planning.drafter import OFF, Drafter, drafters
 from serve.planning.environment import variables
+from serve.planning.gain import gain
 from serve.planning.graphs import LARGEST, capture_sizes, default_sizes
 from serve.planning.limits import PLANNED_SHARE, chip_of, expert_bytes, limits, rate
 from serve.planning.memory import CardMemory, Division, Load, card_memory, kv_bytes_per_block, kv_tokens_needed
@@ -35,8 +37,7 @@ CONTEXTS = (131072, 65536, 32768, 16384, 8192, 4096, 2048, 1024)
 SEQUENCES = (256, 128, 64, 32, 16, 8, 4, 2, 1)
 STEP_TOKENS = (8192, 4096, 2048)  # vLLM's default for a server is 8192 on large NVIDIA cards, 2048 elsewhere
 EXPERTS_MAY_COST = 1.05  # bytes that whole experts may read more and still be taken: their matrices are wider
-NGRAM_DRAFTS = 3
-NGRAM_WINDOW = 4  # tokens that must be seen again
+LEAST_SINGLE = 0.9  # of its speed without drafts, that a single sequence keeps where the number of drafts is chosen
 
 
 class DoesNotFitError(Exception):
@@ -70,12 +71,39 @@ def _would_do(model: PlannedModel, cards: Cards, wanted: Wanted) -> Draft | None
 
 
 def _decide(model: PlannedModel, cards: Cards, wanted: Wanted) -> tuple[Draft, CardMemory]:
-    """Settle everything but whether experts lie whole where either goes; `DoesNotFitError` says what does not."""
-    draft, memory = _loaded(_first_draft(model, cards, wanted), wanted)
+    """Settle everything but whether experts lie whole where either goes; `DoesNotFitError` says what does not.
+
+    Drafts of no fixed number: as many as make the most tokens of all sequences, of those that keep a single one from
+    getting much slower; and none where all lose.
+    """
+    precision = named_precision(wanted.precision or model.precision).name
+    tried = [_decide_with(one, model, cards, wanted, precision) for one in drafters(wanted, model, precision)]
+
+    def worth(one: tuple[Draft, CardMemory]) -> tuple[bool, float]:
+        gained = one[0].gain
+        return (gained.single >= LEAST_SINGLE, gained.tokens_per_second) if gained else (False, 0.0)
+
+    best = max(tried, key=worth)
+    gained = best[0].gain
+    if gained is None or gained.full > 1 or best[0].drafter.is_fixed:
+        return best
+    draft, memory = _decide_with(OFF, model, cards, wanted, precision)
+    return replace(draft, gain=gained), memory
+
+
+def _decide_with(
+    drafter: Drafter, model: PlannedModel, cards: Cards, wanted: Wanted, precision: str
+) -> tuple[Draft, CardMemory]:
+    draft, memory = _loaded(_first_draft(drafter, model, cards, wanted, precision), wanted)
     draft = _with_settings(draft, memory, wanted)
     if found := problems(draft):
         raise DoesNotFitError(found[0])
-    return draft, memory
+    if (chip := chip_of(cards, precision)) is None:
+        return draft, memory
+    load, division = draft.load, draft.division
+    sequences = load.sequences * division.data
+    gained = gain(drafter, model.shape, precision, chip, division.sharding, sequences, load.kv_bytes)
+    return replace(draft, gain=gained), memory
 
 
 def _plan(model: PlannedModel, cards: Cards, wanted: Wanted, engine: str) -> Plan:
@@ -105,15 +133,11 @@ def _plan(model: PlannedModel, cards: Cards, wanted: Wanted, engine: str) -> Pla
     )
 
 
-def _first_draft(model: PlannedModel, cards: Cards, wanted: Wanted) -> Draft:
+def _first_draft(drafter: Drafter, model: PlannedModel, cards: Cards, wanted: Wanted, precision: str) -> Draft:
     """Divide the model and take over what is fixed; a division that cannot be is refused at once."""
-    precision = named_precision(wanted.precision or model.precision).name
     kv_dtype = wanted.kv_cache_dtype or "auto"
     if kv_dtype not in ("auto", *KV_DTYPES):
         raise UserError(f"--kv-cache-dtype {kv_dtype}: there is auto, {', '.join(KV_DTYPES)}")
-    speculative, _, drafts = (wanted.speculative or "off").partition(":")
-    if drafts and (speculative != "ngram" or not drafts.isdecimal() or int(drafts) < 1):
-        raise UserError(f"--speculative {wanted.speculative}: write ngram or ngram:3, with one draft or more")
     block = wanted.block_size or (128 if cards.device == "npu" else 16)
     load = Load(
         max_model_len=wanted.max_model_len or model.context,
@@ -121,12 +145,10 @@ def _first_draft(model: PlannedModel, cards: Cards, wanted: Wanted) -> Draft:
         step_tokens=wanted.max_num_batched_tokens or STEP_TOKENS[0],
         block=block,
         kv_bytes=KV_DTYPES.get(kv_dtype, 2),
-        drafts=(int(drafts) if drafts else NGRAM_DRAFTS) if speculative != "off" else 0,
+        drafts=drafter.tokens,
     )
     dtype = wanted.dtype if wanted.dtype not in (None, "auto") else "bfloat16"
-    judged = Draft(
-        model, cards, precision, dtype, kv_dtype, Division(), load, wanted.gpu_memory_utilization, speculative
-    )
+    judged = Draft(model, cards, precision, dtype, kv_dtype, Division(), load, wanted.gpu_memory_utilization, drafter)
     first: Draft | None = None
     for division in _divisions(cards, wanted):
         draft = replace(judged, division=division)
@@ -233,14 +255,15 @@ def _load(draft: Draft, context: int, sequences: int, step: int, fixed: bool) ->
 def _memory(draft: Draft) -> CardMemory:
     buffer = mc2_buffer_mib(draft) if draft.uses_mc2 else 200
     nbytes = draft.model.nbytes(draft.precision)
-    return card_memory(nbytes, draft.model.shape, draft.cards, draft.division, draft.load, buffer, draft.utilisation)
+    parts = (draft.cards, draft.division, draft.load, buffer, draft.utilisation, draft.drafter)
+    return card_memory(nbytes, draft.model.shape, *parts)
 
 
 def _lacking(draft: Draft, memory: CardMemory, each: int) -> float:
     """Bytes of a card that are missing: for keys and values, and for graphs in what the engine leaves alone."""
     load, shape = draft.load, draft.model.shape
     blocks = kv_tokens_needed(load, each) // load.block
-    needed = blocks * kv_bytes_per_block(shape, draft.division, load.block, load.kv_bytes)
+    needed = blocks * kv_bytes_per_block(shape, draft.division, load.block, load.kv_bytes, draft.drafter)
     kept = draft.cards.memory - draft.cards.usable
     return max(0.0, needed - memory.kv) + max(0.0, kept - memory.reserve)
 
@@ -307,12 +330,8 @@ def _with_settings(draft: Draft, memory: CardMemory, wanted: Wanted) -> Draft:
         }
         if _uses_flashcomm(draft):
             settings["additional-config"] = {"enable_flashcomm1": True}
-    if draft.speculative == "ngram":
-        settings["speculative-config"] = {
-            "method": "ngram",
-            "num_speculative_tokens": load.drafts,
-            "prompt_lookup_max": NGRAM_WINDOW,
-        }
+    if draft.drafter.tokens:
+        settings["speculative-config"] = draft.drafter.engine_setting()
     draft = replace(draft, settings=settings)
     nbytes = sum(draft.model.nbytes(draft.precision).values())
     return replace(draft, environment={one.name: one.value for one in variables(draft, nbytes)})
@@ -333,6 +352,7 @@ def _warnings(draft: Draft, wanted: Wanted, step: float | None, memory: CardMemo
         yield f"the cache holds {held} sequences of {typical} tokens: of {draft.load.sequences} longer ones some wait"
     if cards.nodes > 1 and not division.expert:
         yield "without expert parallelism every layer's exchange goes over the network between the servers"
+    yield from _draft_warnings(draft, wanted)
     if draft.dtype == "float16":
         yield TRAPS["float16"].why
     if step is None:
@@ -345,6 +365,24 @@ def _warnings(draft: Draft, wanted: Wanted, step: float | None, memory: CardMemo
             "promise it"
         )
     yield "computed from sizes and published figures; this plan has not been run on these cards"
+
+
+def _draft_warnings(draft: Draft, wanted: Wanted) -> Iterator[str]:
+    gained, drafter = draft.gain, draft.drafter
+    if gained is None:
+        if drafter.method in ("mtp", "eagle3"):
+            yield f"whether drafts pay on a {draft.cards.facts.name} is unknown: measure with and without them"
+        return
+    asked = (wanted.speculative or "").partition(":")[0]
+    if drafter.method == "off":
+        yield (
+            f"--speculative {asked} is left off: with {draft.load.sequences * draft.division.data} sequences drafts "
+            f"would make it {gained.full:.2f} times as fast at the limit; --speculative-tokens K insists"
+        )
+    elif gained.full < 1:
+        yield f"drafts cost more than they gain here: {gained.full:.2f} times as fast at the limit with all sequences"
+    if drafter.method != "off" and gained.single < 1:
+        yield f"a single sequence is {gained.single:.2f} times as fast with drafts as without, at the limit"
 
 
 def _check_numbers(wanted: Wanted) -> None:

@@ -164,8 +164,17 @@ def _drafts(draft: Draft) -> str | None:
     return None
 
 
-def _speculative(draft: Draft) -> str | None:
-    return None if draft.speculative in ("off", "ngram") else f"--speculative {draft.speculative}"
+def _draft_layers(draft: Draft) -> str | None:
+    drafter = draft.drafter
+    if drafter.method == "mtp" and drafter.tokens > drafter.layers and drafter.tokens % drafter.layers:
+        return f"--speculative-tokens {drafter.tokens} with {drafter.layers} MTP layers"
+    return None
+
+
+def _draft_stages(draft: Draft) -> str | None:
+    if draft.drafter.layers and draft.division.pipeline > 1:
+        return f"--speculative {draft.drafter.method} with --pipeline-parallel-size {draft.division.pipeline}"
+    return None
 
 
 def _step_holds_all(draft: Draft) -> str | None:
@@ -312,9 +321,17 @@ TRAPS: dict[str, Trap] = {
     ),
     "speculative": Trap(
         BOTH,
-        "vLLM has neither MTP nor EAGLE3 for this architecture yet; there is ngram",
-        f"{_VLLM}, vllm/config/speculative.py:730; supports_eagle3 is false up to 0.32",
-        _speculative,
+        "off unless asked for: mtp where the checkpoint has such a layer, eagle3:DIR with a trained head, or ngram",
+        "this project's plugin gives vLLM the first two for this architecture",
+    ),
+    "draft-layers": Trap(
+        BOTH, "layers take turns, so it is a multiple of them", f"{_VLLM}, vllm/config/speculative.py", _draft_layers
+    ),
+    "draft-stages": Trap(
+        BOTH,
+        "the draft's layers are in the last stage, the embedding they need in the first",
+        f"{_ASCEND}, platform.py:443; {_VLLM}, v1/spec_decode/llm_base_proposer.py",
+        _draft_stages,
     ),
     "step-holds-all": Trap(
         BOTH,

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+METHODS = ("off", "mtp", "eagle3:DIR", "ngram")  # of drafting
+
 
 @dataclass(frozen=True)
 class Wanted:
@@ -11,7 +13,8 @@ class Wanted:
 
     precision: a name of `ascend.precision.PRECISIONS`; None is what is stored. max_num_seqs: of one data-parallel
     group, as the engine's flag of that name. tpot_ms: the longest time per token and sequence, in milliseconds.
-    kv_cache_dtype: "auto", "bf16" or "fp8". speculative: "off", "ngram" or "ngram:DRAFTS". quantization: an engine's
+    kv_cache_dtype: "auto", "bf16" or "fp8". speculative: "off", "mtp", "eagle3:DIR", "ngram" or
+    "ngram:DRAFTS"; speculative_tokens: drafts a step. quantization: an engine's
     method that was asked for by name. nodes: servers, of the same cards each.
     """
 
@@ -29,5 +32,6 @@ class Wanted:
     gpu_memory_utilization: float | None = None
     block_size: int | None = None
     speculative: str | None = None
+    speculative_tokens: int | None = None
     quantization: str | None = None
     nodes: int = 1
