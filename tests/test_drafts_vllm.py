@@ -19,6 +19,7 @@ from convert.demo import write_demo
 from convert.eagle3_init import write_head
 from tests.drafts import fit_eagle3, fit_mtp
 from tests.launcher import ROOT
+from tests.quantised import quantised_checkpoint
 from tests.tiny import edit_config, read_tensors, write_tensors
 
 NEW_TOKENS, SAMPLES, TEMPERATURE = 40, 3000, 0.7
@@ -77,9 +78,10 @@ def test_greedy_text_is_that_of_plain_decoding_and_the_drafts_are_ours(tmp_path:
     write_head(heads[2], model, dtype="fp32")
     edit_config(heads[2], eagle_config={"eagle_aux_hidden_state_layer_ids": [0, 2, 3], "use_aux_hidden_state": True})
     assert fit_eagle3(heads[2], model, texts, NEW_TOKENS, steps=60) > 0.9
+    quantised = quantised_checkpoint(model, tmp_path / "quantised", "w8a8")
     variants: list[tuple[Path, int, Path | None]] = [
         (model, 0, None), (model, 1, None), (model, 3, None), *((model, 3, head) for head in heads),
-        (two, 0, None), (two, 2, None),
+        (two, 0, None), (two, 2, None), (quantised, 0, None), (quantised, 1, None),
     ]  # fmt: skip
 
     def speculative(drafts: int, head: Path | None) -> dict[str, Any] | None:
@@ -94,12 +96,13 @@ def test_greedy_text_is_that_of_plain_decoding_and_the_drafts_are_ours(tmp_path:
             for path, drafts, head in variants
         ],
     )
-    plain = {model: answers[0]["tokens"], two: answers[6]["tokens"]}
+    plain = {path: answer["tokens"] for (path, drafts, _), answer in zip(variants, answers, strict=True) if not drafts}
     for (path, drafts, head), answer in zip(variants, answers, strict=True):
         assert answer["tokens"] == plain[path], (path, drafts, head)
         if drafts:
             assert answer["drafted"] == drafts * answer["drafts"]
-            assert answer["drafts"] == steps_of_ours(path, texts, drafts, head), (path, drafts, head)
+            if path != quantised:  # there `ascend` rounds activations, too
+                assert answer["drafts"] == steps_of_ours(path, texts, drafts, head), (path, drafts, head)
     accepted = [answer["accepted"] / answer["drafts"] for answer in answers[1:6]]
     assert min(accepted) > 0.2, accepted  # the fitted ones; the random layers of `two` agree by chance alone
 

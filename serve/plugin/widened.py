@@ -15,6 +15,7 @@ from vllm.model_executor.layers.quantization import register_quantization_config
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
 
 from ascend.checkpoint import MODEL_TYPES
+from serve.plugin.drafts import MTP
 
 NAME = "widened"
 METHODS = ("fp8", "compressed-tensors")  # of config.json that are widened; ModelSlim's form names none
@@ -52,8 +53,9 @@ class WidenedConfig(QuantizationConfig):
         cls, hf_quant_cfg: dict[str, Any], user_quant: str | None, hf_config: Any = None
     ) -> str | None:
         """Take over this architecture's quantised checkpoints, unless a method was asked for by name."""
-        ours = getattr(hf_config, "model_type", None) in MODEL_TYPES and hf_quant_cfg.get("quant_method") in METHODS
-        return NAME if ours and user_quant in (None, NAME) else None
+        ours = getattr(hf_config, "model_type", None) in MODEL_TYPES or MTP in (hf_config.architectures or ())
+        widens = ours and hf_quant_cfg.get("quant_method") in METHODS
+        return NAME if widens and user_quant in (None, NAME) else None
 
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
         """The plain method of a layer."""

@@ -167,8 +167,13 @@ def _ask(server: Server, progress: Progress, timeout: float) -> str | None:
     raise EngineError(f"it refused the first request with status {status}: {printable(str(reason))[:300]}")
 
 
-def announce(server: Server, answer: str, canary: str, stages: Sequence[tuple[str, float]]) -> None:
-    """Print the address, the name, a ready curl line, the real answer, what vouches for it, and where the time went."""
+def announce(
+    server: Server, answer: str, canary: str, stages: Sequence[tuple[str, float]], drafts: object = None
+) -> None:
+    """Print the address, the name, a ready curl line, the real answer, what vouches for it, and where the time went.
+
+    drafts: how many were accepted so far; None where nothing drafts.
+    """
     body = json.dumps(server.request())
     print(f"ready after {sum(seconds for _, seconds in stages):.1f} s")
     for stage, seconds in stages:
@@ -180,6 +185,8 @@ def announce(server: Server, answer: str, canary: str, stages: Sequence[tuple[st
     print(f"asked:    {QUESTION}")
     print(f"answered: {printable(answer)}")
     print(f"canary:   {canary}")
+    if drafts is not None:
+        print(f"drafts:   {drafts}; counted in {server.base_url.removesuffix('/v1')}/metrics as vllm:spec_decode_…")
     if server.demo:
         print(f"careful:  {NOTE}")
     print("try it:")

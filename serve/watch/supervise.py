@@ -23,6 +23,7 @@ from serve.nodes.link import NodeLink
 from serve.plugin.log_format import MARK
 from serve.plugin.middleware import STOPPING_FILE, stopping_file
 from serve.settings import LaunchSettings
+from serve.watch.acceptance import read_acceptance
 from serve.watch.canary import CanaryError, check_canary
 from serve.watch.events import EventLog
 from serve.watch.fault_log import FaultLog
@@ -173,7 +174,7 @@ class _Supervisor:
         elif self._was_ready:
             print(f"ready again after {seconds:.1f} s; canary: {said[1]}", flush=True)
         else:
-            announce(self._server, *said, stages)
+            announce(self._server, *said, stages, drafts=read_acceptance(self._server))
         self._is_ready = self._was_ready = True
         if self._settings.ready_file:
             write_ready_file(self._settings.ready_file, self._server, stages)
@@ -258,6 +259,9 @@ class _Supervisor:
             file=sys.stderr,
             flush=True,
         )
+        if drafts := read_acceptance(self._server):
+            self._events.write("drafts", steps=drafts.steps, drafted=drafts.drafted, accepted=drafts.accepted)
+            print(f"drafts: {drafts}", file=sys.stderr, flush=True)
         with contextlib.suppress(OSError):  # then vLLM refuses in its own way
             self._stopping.touch(0o640)
         seconds = min(ADMITTED_SECONDS, self._settings.drain)
