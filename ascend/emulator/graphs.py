@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import ctypes
 import itertools
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -18,56 +17,19 @@ from torch import Tensor
 
 from ascend.emulator import communicator, log, memory
 from ascend.emulator.limits import Refused
-
-
-@dataclass
-class Task:
-    """One op of a graph: what to compute, on which memory, and where its results go (None: it writes them itself)."""
-
-    kernel: Any
-    args: Any
-    kwargs: Any
-    results: list[Tensor] | None
-
-    def run(self) -> None:
-        """Compute again over the memory that was captured."""
-        log.op(self.kernel.name)
-        computed = memory.tensors(self.kernel.compute(*self.args, **self.kwargs))
-        if self.results is None:
-            return
-        # A result that is a written argument was written where it is.
-        returned = self.kernel.returned if len(self.kernel.returned) == len(computed) else [None] * len(computed)
-        fresh = [one for one, position in zip(computed, returned, strict=True) if position is None]
-        for place, value in zip(self.results, fresh, strict=True):
-            if place.numel():
-                place.copy_(value)
-
-
-@dataclass
-class Collective:
-    """One collective of a graph, on the memory that was captured."""
-
-    what: str
-    handle: int
-    send: int
-    receive: int
-    numbers: list[int]
-
-    def run(self) -> None:
-        """Do it again; all ranks of the communicator have to."""
-        log.op(f"hccl::{self.what}")
-        communicator.perform(self.what, self.handle, self.send, self.receive, self.numbers)
-
-
-@dataclass
-class Tape:
-    """A graph under its number: its tasks in order; ``groups`` holds those whose host arguments may be replaced."""
-
-    number: int
-    device: torch.device
-    tasks: list[Task | Collective] = field(default_factory=list)
-    groups: dict[int, slice] = field(default_factory=dict)
-
+from ascend.emulator.tape import (
+    Collective,
+    Step,
+    Tape,
+    Task,
+    ValueWait,
+    ValueWrite,
+    refuse_behind_a_wait,
+    replay,
+    wait,
+    waiting,
+    write,
+)
 
 _tapes: dict[int, Tape] = {}
 _numbers = itertools.count(1)
@@ -80,6 +42,7 @@ _GRAPH_HOOK = ctypes.CFUNCTYPE(ctypes.c_long, ctypes.c_char_p, ctypes.c_void_p, 
 _COLLECTIVE_HOOK = ctypes.CFUNCTYPE(
     ctypes.c_int, ctypes.c_char_p, *[ctypes.c_void_p] * 3, ctypes.POINTER(ctypes.c_uint64)
 )
+_VALUE_HOOK = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p, ctypes.c_uint64, ctypes.c_uint32)
 
 
 def capturing() -> bool:
@@ -93,9 +56,15 @@ def refuse_while_capturing(what: str) -> None:
         raise Refused(f"{what}: the host cannot wait for the device while a graph is captured")
 
 
+def refuse_while_waiting(what: str) -> None:
+    """Raise `Refused` if a graph on this stream stands half-way: ``what`` would have to stand behind it."""
+    if waiting() and not capturing():
+        refuse_behind_a_wait(what, torch.npu.current_stream().npu_stream)  # type: ignore[attr-defined]
+
+
 def install() -> None:
     """Connect the C runtime to this file and to the collectives."""
-    _hooks[:] = [_GRAPH_HOOK(_on_event), _COLLECTIVE_HOOK(_on_collective)]
+    _hooks[:] = [_GRAPH_HOOK(_on_event), _COLLECTIVE_HOOK(_on_collective), _VALUE_HOOK(_on_value)]
     _runtime().emulator_set_hooks(*_hooks)
 
 
@@ -123,7 +92,7 @@ def record(kernel: Any, args: Any, kwargs: Any, device: torch.device) -> Any:
     return returned
 
 
-def _put(task: Task | Collective) -> None:
+def _put(task: Step) -> None:
     global _update
     if _update is not None:
         tape, position = _update
@@ -142,7 +111,8 @@ def _shape_alone(tensor: Tensor) -> Tensor:
 
 def _on_event(what: bytes, number: int | None, stream: int | None) -> int:
     try:
-        return _EVENTS[what.decode()](number or 0)
+        name = what.decode()
+        return _execute(number or 0, stream or 0) if name == "execute" else _EVENTS[name](number or 0)
     except Exception as error:  # an exception cannot cross C: the call fails, and torch_npu asks why
         return _runtime().emulator_fail(f"{what.decode()}: {error}".encode())
 
@@ -158,6 +128,21 @@ def _on_collective(what: bytes, handle: int | None, send: int | None, receive: i
             _put(task)
     except Exception as error:
         return _runtime().emulator_fail(f"Hccl {task.what}: {error}".encode())
+    return 0
+
+
+def _on_value(what: bytes, address: int | None, value: int, mode: int) -> int:
+    """``aclrtValueWait`` and ``aclrtValueWrite``: part of a graph while one is captured (an update's are not)."""
+    try:
+        step = ValueWait(address or 0, value, mode) if what == b"wait" else ValueWrite(address or 0, value)
+        if _capture is not None:
+            _capture.tasks.append(step)
+        elif isinstance(step, ValueWait):
+            wait(step)
+        else:
+            write(step)
+    except Exception as error:
+        return _runtime().emulator_fail(f"aclrtValue{what.decode().title()}: {error}".encode())
     return 0
 
 
@@ -179,10 +164,8 @@ def _under_way(_: int) -> int:
     return 0 if _capture is None else _capture.number
 
 
-def _execute(number: int) -> int:
-    log.op("graph::replay")
-    for task in _tapes[number].tasks:
-        task.run()
+def _execute(number: int, stream: int) -> int:
+    replay(_tapes[number], stream)
     return 0
 
 
@@ -220,14 +203,15 @@ def _update_end(_: int) -> int:
 
 def _synchronise(what: str) -> int:
     log.sync(what)
-    return int(_capture is not None)
+    refuse_while_capturing(what)
+    refuse_behind_a_wait(what, None)
+    return 0
 
 
 _EVENTS = {
     "capture_begin": _begin,
     "capture_end": _end,
     "graph": _under_way,
-    "execute": _execute,
     "destroy": _destroy,
     "group_begin": _group_begin,
     "group_end": _group_end,

@@ -25,12 +25,15 @@ typedef struct { int card; size_t bytes; void *base; } Block;
 typedef long (*GraphHook)(const char *what, void *object, void *stream);
 typedef int (*CollectiveHook)(const char *what, void *comm, void *send, void *receive, const uint64_t *numbers);
 static GraphHook graph_hook;
+typedef int (*ValueHook)(const char *what, void *address, uint64_t value, uint32_t mode);
 static CollectiveHook collective_hook;
+static ValueHook value_hook;
 static int capturing;
 
-void emulator_set_hooks(GraphHook graphs, CollectiveHook collectives) {
+void emulator_set_hooks(GraphHook graphs, CollectiveHook collectives, ValueHook values) {
   graph_hook = graphs;
   collective_hook = collectives;
+  value_hook = values;
 }
 
 int emulator_unsupported(const char *name) {
@@ -115,9 +118,7 @@ int aclrtEventElapsedTime(float *ms, void *start, void *end) {
   *ms = (b->tv_sec - a->tv_sec) * 1e3f + (b->tv_nsec - a->tv_nsec) * 1e-6f;
   return OK;
 }
-static int synchronise(const char *what) {
-  return tell(what, NULL, NULL) ? emulator_fail("the host cannot wait for the device while a graph is captured") : OK;
-}
+static int synchronise(const char *what) { return tell(what, NULL, NULL); }
 int aclrtSynchronizeStream(void *stream) { return synchronise("aclrtSynchronizeStream"); }
 int aclrtSynchronizeStreamWithTimeout(void *stream, int timeout) { return synchronise("aclrtSynchronizeStream"); }
 int aclrtSynchronizeDevice(void) { return synchronise("aclrtSynchronizeDevice"); }
@@ -136,6 +137,14 @@ int aclmdlRICaptureTaskGrpBegin(void *stream) { return tell("group_begin", NULL,
 int aclmdlRICaptureTaskGrpEnd(void *stream, void **group) { *group = (void *)tell("group_end", NULL, stream); return OK; }
 int aclmdlRICaptureTaskUpdateBegin(void *stream, void *group) { return tell("update_begin", group, stream); }
 int aclmdlRICaptureTaskUpdateEnd(void *stream) { return tell("update_end", NULL, stream); }
+
+/* External events are values in memory that a stream waits for: part of a graph while one is captured. */
+int aclrtValueWait(void *address, uint64_t value, uint32_t mode, void *stream) {
+  return value_hook ? value_hook("wait", address, value, mode) : emulator_unsupported("aclrtValueWait");
+}
+int aclrtValueWrite(void *address, uint64_t value, uint32_t flag, void *stream) {
+  return value_hook ? value_hook("write", address, value, flag) : emulator_unsupported("aclrtValueWrite");
+}
 
 /* Collectives. `numbers` is count, data type, and what the operation needs besides. */
 enum { ROOT_INFO_BYTES = 4108 };

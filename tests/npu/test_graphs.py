@@ -115,6 +115,43 @@ def test_lengths_of_a_captured_attention_can_be_replaced() -> None:
         assert torch.equal(out.cpu(), (attention(q, k, [length]) * 2).cpu())
 
 
+def attention_graph(q: Tensor, k: Tensor) -> tuple[torch.npu.NPUGraph, Tensor]:
+    """A graph that stops before its attention until its lengths are given."""
+    graph = torch.npu.NPUGraph()
+    with torch.npu.graph(graph, auto_dispatch_capture=True):
+        out = attention(q + 0, k, [3]) * 2
+    return graph, out
+
+
+def test_a_replay_waits_for_lengths_that_are_replaced_after_it_started() -> None:
+    """vLLM-Ascend's order: without the wait on the tape the attention of the last step's lengths is computed."""
+    q = torch.randn(1, 1, 2, 64, device=CARD).bfloat16()
+    k = torch.randn(1, 9, 1, 64, device=CARD).bfloat16()
+    graph, out = attention_graph(q, k)
+    for length in (7, 2, 9):
+        with log.recording() as seen:
+            graph.replay()
+        assert seen.ops == ["graph::replay", "aten::add.Tensor"]
+        with log.recording() as seen:
+            graph.update(cpu_update_input=[{"actual_seq_lengths_kv": [length]}])
+        assert seen.ops[-1] == "aten::mul.Tensor"
+        assert torch.equal(out.cpu(), (attention(q, k, [length]) * 2).cpu())
+
+
+@pytest.mark.parametrize("what", ["op", "synchronize"])
+def test_nothing_is_computed_behind_a_graph_that_waits(what: str) -> None:
+    """On the card it would be queued or hang; here it is told, and another stream is free."""
+    q, k = torch.ones(1, 1, 2, 64, device=CARD).bfloat16(), torch.ones(1, 9, 1, 64, device=CARD).bfloat16()
+    graph, out = attention_graph(q, k)
+    graph.replay()
+    with pytest.raises(RuntimeError, match="still waits for an external event"):
+        _ = torch.npu.synchronize() if what == "synchronize" else out + 1
+    with torch.npu.stream(torch.npu.Stream()):
+        assert (q + 1).shape == q.shape
+    graph.update(cpu_update_input=[{"actual_seq_lengths_kv": [9]}])
+    assert out.tolist() == [[[[2.0] * 64] * 2]]
+
+
 SHAPE = {"head_dim": 64, "hidden_size": 128, "moe_intermediate_size": 64}
 
 
