@@ -20,7 +20,13 @@ setup(
     package_dir={"": "."},  # makes an editable install one path entry instead of an import hook
     packages=find_packages(include=[f"{name}{rest}" for name in PACKAGES for rest in ("", ".*")]),
     package_data={
-        "ascend": ["emulator/*.c", "emulator/*.txt", "emulator/*.md", "emulator/bootstrap/*.py"],
+        "ascend": [
+            "emulator/*.c",
+            "emulator/*.txt",
+            "emulator/*.md",
+            "emulator/bootstrap/*.py",
+            "emulator/bootstrap/acl/*.py",
+        ],
         "convert": ["*.jinja", "*.txt", "*.json", "*.md"],
         "ops": ["csrc/*"],
         "perf": ["*.md", "*.sh", "*/*.jinja"],

@@ -59,6 +59,22 @@ SIZES: dict[str, dict[str, Any]] = {
         "max_position_embeddings": 4096,
         "num_nextn_predict_layers": 1,
     },
+    "tiny-npu": {
+        "vocab_size": 2048,
+        "hidden_size": 256,
+        "intermediate_size": 512,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 128,  # what the attention op of an Ascend card takes (128 or 192), and vLLM-Ascend gives it
+        "num_experts": 16,
+        "num_experts_per_tok": 4,
+        "n_group": 4,
+        "topk_group": 2,
+        "moe_intermediate_size": 128,
+        "max_position_embeddings": 4096,
+        "num_nextn_predict_layers": 1,
+    },
     "small": {
         "vocab_size": 32768,
         "hidden_size": 1024,

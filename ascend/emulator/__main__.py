@@ -18,6 +18,7 @@ def environment() -> dict[str, str]:
 
     Raises `UserError` if torch-npu cannot be had or the runtime cannot be compiled.
     """
+    os.environ["TORCH_DEVICE_BACKEND_AUTOLOAD"] = "0"  # a torch_npu beside torch finds no CANN in this process
     from ascend.emulator import package, runtime  # with torch: a wrong command is told without waiting for it
     from ops.build import BuildError
 

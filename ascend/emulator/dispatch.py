@@ -8,13 +8,14 @@ fails by name. What the card would refuse is refused too: a host tensor among th
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ascend.emulator import graphs, log, memory
-from ascend.emulator.kernels import KERNELS, attention
+from ascend.emulator.kernels import KERNELS, atb, attention, vllm_ascend
 from ascend.emulator.limits import FP8, Refused
 
 # Metadata alone, or memory: torch_npu's own kernels do these.
@@ -59,7 +60,10 @@ BETWEEN_DEVICES = {"copy_", "_copy_from", "_copy_from_and_resize", "_to_copy"}
 OFFSET = 4  # by which an op moves a generator on: offsets are multiples of it
 COMPOSITE = ("CompositeImplicitAutograd", "CompositeExplicitAutograd", "CompositeExplicitAutogradNonFunctional")
 
-COMPUTED: dict[str, Callable[..., Any]] = KERNELS | {
+COMPUTED: dict[str, Callable[..., Any]] = {
+    **KERNELS,
+    **atb.KERNELS,
+    **vllm_ascend.KERNELS,
     "npu::npu_format_cast": memory.npu_format_cast,
     f"npu::{attention.OP}.out": attention.into,
 }
@@ -69,9 +73,9 @@ WORKSPACE = f"npu::_{attention.OP}_get_max_workspace"
 _libraries: dict[str, torch.library.Library] = {}
 
 
-def install() -> None:
+def install(_: ModuleType | None = None) -> None:
     """Override torch_npu's kernels; once per process, right after torch_npu is imported."""
-    if _libraries:
+    if "aten" in _libraries:
         return
     for namespace in ("aten", "npu"):
         _libraries[namespace] = torch.library.Library(namespace, "IMPL")
@@ -81,15 +85,40 @@ def install() -> None:
     for full_name in sorted(registered):
         namespace, name = full_name.split("::")
         if namespace in _libraries and (overload := _overload(namespace, name)) and not _stays(namespace, overload):
-            keys = ["PrivateUse1", *(["AutogradPrivateUse1"] if full_name in with_autograd else [])]
-            for key in keys:
-                _libraries[namespace].impl(name, _Kernel(full_name, overload), key, allow_override=True)
+            kernel = _Kernel(full_name, overload)
+            _libraries[namespace].impl(name, kernel, "PrivateUse1", allow_override=True)
+            if full_name in with_autograd:
+                _libraries[namespace].impl(name, _below_autograd(overload), "AutogradPrivateUse1", allow_override=True)
     for name, native in allocators.items():
-        kernel = _allocator(native)
-        _libraries["aten"].impl(name, kernel, "PrivateUse1", with_keyset=True, allow_override=True)
+        _libraries["aten"].impl(name, _allocator(native), "PrivateUse1", with_keyset=True, allow_override=True)
     for name in sorted(_fallbacks(registered)):
         _libraries["aten"].impl(name, _no_kernel(f"aten::{name}"), "PrivateUse1")
     graphs.install()
+
+
+def install_atb(_: ModuleType) -> None:
+    """Override the ops of Ascend Transformer Boost, which torch_npu registers when they are first asked for."""
+    install_namespace("atb")
+
+
+def install_namespace(namespace: str) -> torch.library.Library:
+    """Put kernels under every op of a namespace that an extension has just registered; once per namespace."""
+    library = _libraries[namespace] = torch.library.Library(namespace, "IMPL")
+    for full_name in torch._C._dispatch_get_all_op_names():
+        name = full_name.removeprefix(f"{namespace}::")
+        if name != full_name and (overload := _overload(namespace, name)):
+            library.impl(name, _Kernel(full_name, overload), "PrivateUse1", allow_override=True)
+    return library
+
+
+def _below_autograd(overload: Any) -> Callable[..., Any]:
+    """A kernel for autograd's key, of which there is none here: what lies below has its turn, such as fake tensors."""
+
+    def redispatch(*args: Any, **kwargs: Any) -> Any:
+        with torch._C._AutoDispatchBelowAutograd():
+            return overload(*args, **kwargs)
+
+    return redispatch
 
 
 def _overload(namespace: str, name: str) -> Any:

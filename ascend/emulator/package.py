@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import shutil
 import subprocess
@@ -26,10 +27,13 @@ def version() -> str:
 
 
 def folder(release: str) -> Path:
-    """Return the folder that holds torch-npu ``release``, installed by pip on first use; all or nothing.
+    """Return the folder that holds torch-npu ``release``: beside torch, or installed by pip on first use, as a whole.
 
     pip's own settings (an index, a directory of wheels) hold. Raises `UserError` with what pip said.
     """
+    beside = _beside(release)
+    if beside is not None:
+        return beside
     python = f"cp{sys.version_info.major}{sys.version_info.minor}"
     home = build.cache_folder("torch_npu") / f"{release}-{python}"
     if not home.exists():
@@ -37,6 +41,21 @@ def folder(release: str) -> Path:
             _pip("install", "--no-compile", "--target", staged, f"torch-npu=={release}")
             _publish(Path(staged), home)
     return home
+
+
+def _beside(release: str) -> Path | None:
+    """The folder of a torch-npu that is installed already, as vllm-ascend's environment has it."""
+    try:
+        installed = metadata.distribution("torch-npu")
+    except metadata.PackageNotFoundError:
+        return None
+    return Path(str(installed.locate_file(""))) if installed.version == release else None
+
+
+def plugin() -> Path | None:
+    """Return the folder of the installed vllm-ascend, None where there is none; nothing of it is imported."""
+    spec = importlib.util.find_spec("vllm_ascend")
+    return Path(spec.origin).parent if spec is not None and spec.origin else None
 
 
 def wheel(release: str) -> Path:

@@ -14,28 +14,48 @@ import subprocess
 import tempfile
 from pathlib import Path
 
+from ascend.emulator import package
 from ascend.errors import UserError
 from ops import build
 
 HERE = Path(__file__).parent
 # torch_npu links against these; all functions live in the first.
 LIBRARIES = ("ascendcl", "hccl", "acl_op_compiler", "ge_runner", "graph", "acl_tdt_channel")
+# The same for vllm-ascend's extension and for torch_npu's Ascend Transformer Boost, which it uses.
+PLUGIN_LIBRARIES = (
+    "ascend_dump",
+    "ascendalog",
+    "atb",
+    "c_sec",
+    "error_manager",
+    "ge_common_base",
+    "mmpa",
+    "opapi",
+    "platform",
+    "profapi",
+    "register",
+    "runtime",
+    "unified_dlog",
+)
+SOURCES = {"register": HERE / "plugin.c", "atb": HERE / "atb.c"}
 CANN = "9.1.0"
 CARDS = 8
 # The C functions of CANN by their prefixes. Kernels (aclnn…) are left out: a native op not overridden has to fail.
 _NAMES = re.compile(rb"(?<=\0)((?:acl(?!nn)|Hccl|Msprof|rt[A-Z])[A-Za-z0-9]\w+)(?=\0)")
-_DEFINED = re.compile(r"\b((?:acl|Hccl)\w+)\(")
+_DEFINED = re.compile(r"\b((?:acl|Hccl|Msprof|rt[A-Z])\w+)[()]")
 
 
 def folder(torch_npu: Path) -> Path:
     """Return the stand-in for the torch_npu package that lies in ``torch_npu``, made on first use."""
-    sources = [(HERE / name).read_bytes() for name in ("runtime.c", "inert.txt", "runtime.py")]
-    digest = hashlib.sha256(b"\0".join([torch_npu.name.encode(), *sources])).hexdigest()[:16]
+    plugin = package.plugin()
+    sources = [(HERE / name).read_bytes() for name in ("runtime.c", "plugin.c", "atb.c", "inert.txt", "runtime.py")]
+    named = f"{torch_npu} {plugin or ''}".encode()
+    digest = hashlib.sha256(b"\0".join([named, *sources])).hexdigest()[:16]
     home = build.cache_folder("cann") / digest
     if not home.exists():
         staged = Path(tempfile.mkdtemp(dir=home.parent))
         try:
-            _make(staged, torch_npu / "torch_npu" / "lib" / "libtorch_npu.so")
+            _make(staged, torch_npu / "torch_npu" / "lib" / "libtorch_npu.so", plugin)
             os.rename(staged, home)
         except OSError:
             if not home.exists():  # not another process that was first
@@ -58,25 +78,25 @@ def environment(home: Path) -> dict[str, str]:
     }
 
 
-def _make(home: Path, libtorch_npu: Path) -> None:
+def _make(home: Path, libtorch_npu: Path, plugin: Path | None) -> None:
     for name in ("lib", "dev", "cann/runtime", "cann/compiler", "cann/opp"):
         (home / name).mkdir(parents=True)
     (home / "cann" / "ascend_toolkit_install.info").write_text(f"version={CANN}\n")
     for node in ("davinci_manager", *(f"davinci{card}" for card in range(CARDS))):
         (home / "dev" / node).touch()
     source = home / "runtime.c"
-    source.write_text(_source(libtorch_npu))
+    source.write_text(_source(libtorch_npu, *(plugin.glob("*.so") if plugin else ())))
     _compile(source, home / "lib" / f"lib{LIBRARIES[0]}.so")
     # A function is looked for in the library that has it on the card; a handle also searches what it depends on.
     depends = ("-Wl,--no-as-needed", f"-L{home / 'lib'}", f"-l{LIBRARIES[0]}")
-    for library in LIBRARIES[1:]:
-        _compile(Path(os.devnull), home / "lib" / f"lib{library}.so", *depends)
+    for library in (*LIBRARIES[1:], *(PLUGIN_LIBRARIES if plugin else ())):
+        _compile(SOURCES.get(library, Path(os.devnull)), home / "lib" / f"lib{library}.so", *depends)
 
 
-def _source(libtorch_npu: Path) -> str:
+def _source(libtorch_npu: Path, *extensions: Path) -> str:
     answered = (HERE / "runtime.c").read_text()
     inert = {line for line in (HERE / "inert.txt").read_text().split("\n") if line and not line.startswith("#")}
-    named = {name.decode() for name in set(_NAMES.findall(libtorch_npu.read_bytes()))}
+    named = {name.decode() for file in (libtorch_npu, *extensions) for name in _NAMES.findall(file.read_bytes())}
     rest = sorted(named - set(_DEFINED.findall(answered)))
     made = [_function(name, "0" if name in inert else f'emulator_unsupported("{name}")') for name in rest]
     return "\n".join([answered, *made, ""])

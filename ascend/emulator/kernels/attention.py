@@ -186,8 +186,12 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, 
 
 
 def into(*arguments: Any, workspace: Tensor | None = None, out: list[Tensor], **keywords: Any) -> tuple[Tensor, ...]:
-    """The overload ``.out``, which graph capture uses: writes the two results into ``out``."""
+    """The overload ``.out``, which graph capture uses: writes the two results into ``out``.
+
+    Without ``softmax_lse_flag`` there is no second result, and its place of any shape (vllm-ascend's is ``[1]``) is
+    left as it is.
+    """
     for place, result in zip(out, npu_fused_infer_attention_score(*arguments, **keywords), strict=True):
-        if place.numel():
+        if place.numel() and result.numel():
             place.copy_(result)
     return tuple(out)

@@ -30,7 +30,13 @@ def npu_add_rms_norm(x1: Tensor, x2: Tensor, gamma: Tensor, epsilon: float = 1e-
     rows bf16 norms the unrounded fp32 sum, fp16 the rounded one still. (On the card that is so from a width of about
     2000 on; here at any width, so that a small model meets it too.)
     """
-    op = "npu_add_rms_norm"
+    return add_rms_norm("npu_add_rms_norm", x1, x2, gamma, None, epsilon)
+
+
+def add_rms_norm(
+    op: str, x1: Tensor, x2: Tensor, gamma: Tensor, beta: Tensor | None, epsilon: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What `npu_add_rms_norm` does, plus ``beta`` (of gamma's shape and dtype) before the last rounding."""
     _check(op, x1, gamma)
     require(x2.dtype == x1.dtype == gamma.dtype, op, "x1, x2 and gamma have different dtypes; one is needed")
     require(x2.shape == x1.shape, op, f"x1 has shape {list(x1.shape)}, x2 {list(x2.shape)}; the same is needed")
@@ -39,7 +45,11 @@ def npu_add_rms_norm(x1: Tensor, x2: Tensor, gamma: Tensor, epsilon: float = 1e-
     total = exact.to(x1.dtype)
     few = x1.numel() // gamma.numel() <= VECTOR_CORES
     normed, rstd = _normed(total.float() if few or x1.dtype == torch.float16 else exact, gamma, epsilon)
-    return (normed.to(x1.dtype).float() * gamma.float()).to(x1.dtype), rstd, total
+    scaled = normed.to(x1.dtype).float() * gamma.float()
+    if beta is not None:
+        require(beta.dtype == gamma.dtype and beta.shape == gamma.shape, op, "beta is not of gamma's shape and dtype")
+        scaled = scaled + beta.float()
+    return scaled.to(x1.dtype), rstd, total
 
 
 def _check(op: str, x: Tensor, gamma: Tensor) -> None:

@@ -107,7 +107,7 @@ def npu_grouped_matmul_swiglu_quant(
     """`npu_grouped_matmul_swiglu_quant_v2` with a CUMULATIVE ``group_list``; the third output is unwritten."""
     op = "npu_grouped_matmul_swiglu_quant"
     require_absent(op, bias=bias, offset=offset)
-    out, scale = _product_swiglu_quant(op, x, weight, weight_scale, x_scale, group_list, CUMULATIVE)
+    out, scale = product_swiglu_quant(op, x, weight, weight_scale, x_scale, group_list, CUMULATIVE)
     return out, scale, unwritten((), torch.float32)
 
 
@@ -149,12 +149,13 @@ def npu_grouped_matmul_swiglu_quant_v2(
     require_value(op, "group_list_type", group_list_type, (CUMULATIVE, COUNT))
     require(len(weight) == len(weight_scale) == 1, op, "weight and weight_scale are lists of one tensor")
     kind = group_list_type or CUMULATIVE
-    return _product_swiglu_quant(op, x, weight[0], weight_scale[0], x_scale, group_list, kind)
+    return product_swiglu_quant(op, x, weight[0], weight_scale[0], x_scale, group_list, kind)
 
 
-def _product_swiglu_quant(
+def product_swiglu_quant(
     op: str, x: Tensor, weight: Tensor, weight_scale: Tensor, x_scale: Tensor, group_list: Tensor, kind: int
 ) -> tuple[Tensor, Tensor]:
+    """What the fused ops share: ``(int8 [M, N/2], scales [M])`` for the op of that name."""
     require_dtype(op, "x", x, torch.int8)
     require_dtype(op, "weight", weight, torch.int8)
     require_dim(op, "x", x, 2)
