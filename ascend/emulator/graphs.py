@@ -80,6 +80,9 @@ def record(kernel: Any, args: Any, kwargs: Any, device: torch.device) -> Any:
     if isinstance(kwargs.get("out"), list):  # an npu op of this form writes there, whatever its schema says
         _put(Task(kernel, host_args, host_kwargs, None))
         return tuple(kwargs["out"])
+    if not kernel.returned:
+        _put(Task(kernel, host_args, host_kwargs, None))
+        return None
     meta_args, meta_kwargs = memory.replaced(args, _shape_alone), memory.replaced(kwargs, _shape_alone)
     if meta_kwargs.get("device") is not None:
         meta_kwargs["device"] = torch.device("meta")

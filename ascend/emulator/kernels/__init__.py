@@ -21,7 +21,7 @@ from ascend.emulator.kernels.matmul import npu_grouped_matmul
 from ascend.emulator.kernels.mc2 import npu_moe_distribute_combine_v2, npu_moe_distribute_dispatch_v2
 from ascend.emulator.kernels.norm import npu_add_rms_norm, npu_rms_norm
 from ascend.emulator.kernels.permutation import npu_moe_init_routing_v2, npu_moe_re_routing
-from ascend.emulator.kernels.quant import npu_dequant_swiglu_quant, npu_dynamic_quant
+from ascend.emulator.kernels.quant import npu_dequant_swiglu_quant, npu_dynamic_quant, npu_quantize
 from ascend.emulator.kernels.quant_matmul import (
     npu_grouped_matmul_swiglu_quant,
     npu_grouped_matmul_swiglu_quant_v2,
@@ -50,6 +50,7 @@ KERNELS: dict[str, Callable[..., Any]] = {
         npu_moe_re_routing,
         npu_moe_token_unpermute,
         npu_quant_matmul,
+        npu_quantize,
         npu_rms_norm,
         npu_rotary_mul,
         npu_scatter_pa_kv_cache,

@@ -31,7 +31,9 @@ def _npu_reshape_and_cache(
     They need not be contiguous: vllm-ascend gives a part of a fused projection, which op-plugin is taken to copy.
     """
     require_dtype("_npu_reshape_and_cache", "slot_indices", slot_indices, torch.int32)
-    cache.npu_scatter_pa_kv_cache(key.contiguous(), value.contiguous(), key_cache, value_cache, slot_indices, cache_mode="Norm")
+    cache.npu_scatter_pa_kv_cache(
+        key.contiguous(), value.contiguous(), key_cache, value_cache, slot_indices, cache_mode="Norm"
+    )
 
 
 def _npu_rotary_embedding(

@@ -10,6 +10,7 @@ from ascend.emulator.kernels.groups import COUNT, row_ranges
 from ascend.emulator.kernels.int4 import pack_int4
 from ascend.emulator.kernels.unwritten import unwritten
 from ascend.emulator.limits import (
+    FLOATS,
     Refused,
     dtype_of,
     require,
@@ -21,6 +22,9 @@ from ascend.emulator.limits import (
     require_value,
 )
 
+QINT8 = 12
+"""`torch.qint8` as the number that the dispatcher passes."""
+
 
 def quantised(x: Tensor, largest: int = 127) -> tuple[Tensor, Tensor]:
     """Symmetric integers of each row, in fp32: ``(rint(x · largest/amax) int8, amax/largest)``.
@@ -30,6 +34,27 @@ def quantised(x: Tensor, largest: int = 127) -> tuple[Tensor, Tensor]:
     amax = x.float().abs().amax(dim=-1, keepdim=True)
     q = torch.round(x.float() * (largest / amax)).masked_fill(amax == 0, 0.0)
     return q.clamp(-largest - 1, largest).to(torch.int8), (amax / largest).squeeze(-1)
+
+
+def npu_quantize(
+    input: Tensor, scales: Tensor, zero_points: Tensor | None, dtype: int, axis: int = 1, div_mode: bool = True
+) -> Tensor:
+    """``rint(input · scales + zero_points)`` as int8, saturated; covered is ``div_mode`` False over the last axis.
+
+    ``scales`` is ``[H]`` or one number, ``zero_points`` of its shape. Source: aclnnAscendQuantV3's page; that a value
+    beyond int8 saturates is guessed.
+    """
+    op = "npu_quantize"
+    require_value(op, "dtype", dtype, (QINT8, torch.qint8))
+    require_value(op, "div_mode", div_mode, (False,))
+    require_value(op, "axis", axis, (-1, input.dim() - 1))
+    require_dtype(op, "input", input, *FLOATS)
+    require(list(scales.shape) in ([1], [input.shape[-1]]), op, f"scales has shape {list(scales.shape)}")
+    y = input.float() * scales.float()
+    if zero_points is not None:
+        require_shape(op, "zero_points", zero_points, scales.shape)
+        y = y + zero_points.float()
+    return y.round().clamp(-128, 127).to(torch.int8)
 
 
 def npu_dynamic_quant(
