@@ -54,14 +54,18 @@ def npu_quant_matmul(
 
     ``output_dtype`` None means int8, which is not covered. bf16: scale fp32 or bf16, fp32 ``pertoken_scale`` or none,
     bias int32, bf16 or fp32. fp16: fp32 scale and ``pertoken_scale``, bias int32, fp16 or fp32 (without it the device
-    wants an int64 scale). x2 in ND, also transposed, or in FRACTAL_NZ. Source: the op's page, table 2 for A2.
+    wants an int64 scale). int32: the bare sums with an int32 bias; that the scale, which must be given, does nothing
+    there is guessed (vllm-ascend dequantises such sums itself). x2 in ND, also transposed, or in FRACTAL_NZ.
+    Source: the op's page, table 2 for A2.
     """
     op = "npu_quant_matmul"
     require_absent(op, offset=offset, x1_dtype=x1_dtype, x2_dtype=x2_dtype, scale_dtype=scale_dtype)
     require_absent(op, pertoken_scale_dtype=pertoken_scale_dtype, group_sizes=group_sizes, y_scale=y_scale)
-    require(output_dtype is not None, op, "output_dtype is None, which is int8 out; covered are bfloat16 and float16")
+    require(
+        output_dtype is not None, op, "output_dtype is None, which is int8 out; covered are bfloat16, float16, int32"
+    )
     dtype = dtype_of(op, "output_dtype", output_dtype or 0)
-    require_value(op, "output_dtype", dtype, (torch.bfloat16, torch.float16))
+    require_value(op, "output_dtype", dtype, (torch.bfloat16, torch.float16, torch.int32))
     require_dtype(op, "x1", x1, torch.int8)
     require_dtype(op, "x2", x2, torch.int8)
     require_dim(op, "x1", x1, *range(2, 7))
@@ -86,6 +90,10 @@ def npu_quant_matmul(
         require_dtype(op, "bias", bias, torch.int32, torch.float32, dtype)
         require_shape(op, "bias", bias, [N])
         total = total + bias if bias.dtype == torch.int32 else total
+    if dtype == torch.int32:
+        require_absent(op, pertoken_scale=pertoken_scale)
+        require(bias is None or bias.dtype == torch.int32, op, "a bias of int32 sums is int32")
+        return total.int()
     out = total.float() * factor
     if pertoken_scale is not None:
         out = out * pertoken_scale[:, None]
