@@ -185,6 +185,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument_group("what and where").add_argument
     add("--device", default="auto", help="auto (NPU, else CUDA, else CPU), cpu, cuda or npu; default: auto")
+    add("--emulate", action="store_true", help="with --device npu: on emulated cards, to try it; slow")
     add("--engine", choices=ENGINES, default="vllm", help="sglang: on CUDA only; default: vllm")
     add("--model", metavar="DIR", help="checkpoint directory; default: a tiny demo with random weights")
     add("--verify", choices=VERIFY, default="auto", help=_HELP_VERIFY)

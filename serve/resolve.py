@@ -17,7 +17,8 @@ from ascend.devices import choose
 from ascend.errors import UserError
 from ascend.precision import PRECISIONS
 from convert.demo_config import demo_config
-from serve.demo import DEMO_NAME, demo_directory
+from serve import emulated
+from serve.demo import DEMO_NAME, demo_directory, demo_size
 from serve.engine import KINDS, EngineCommand, engine_command
 from serve.engine_flags import check_combination, read_flags
 from serve.nodes.node import NodeSettings, check_nodes, node_address, node_settings
@@ -50,7 +51,8 @@ def resolve(settings: LaunchSettings, checkpoint: Checkpoint | None) -> Resolved
         node_address(settings)
     device, why = _device(settings)
     cards = _cards(settings, device)
-    demo, _ = demo_config("tiny", 1, "bf16", None, {})
+    size = demo_size(settings.emulate)
+    demo, _ = demo_config(size, 1, "bf16", None, {})
     model = model_in(checkpoint.path) if checkpoint else model_of(demo, DEMO_NAME)
     given = read_flags(settings.engine, engine_version(settings, device), device, settings.engine_flags)
     plan = make_plan(model, cards, _wanted(settings, given), settings.engine, launcher=True)
@@ -59,8 +61,10 @@ def resolve(settings: LaunchSettings, checkpoint: Checkpoint | None) -> Resolved
     note = check_nodes(settings, device)
     node = node_settings(_with_sizes(settings, plan), device, cards.count)
     name = settings.served_model_name or (model.name if checkpoint else DEMO_NAME)
-    directory = settings.model or demo_directory()
+    directory = settings.model or demo_directory(size)
     flags = {"dtype": settings.dtype, **plan.settings, **node.flags}
+    if settings.emulate:
+        flags = emulated.with_settings(flags)
     notes = [*plan.warnings, note]
     notes += _own_graphs({**plan.settings, **given}, device, given)
     if not cards.confirmed:
@@ -85,6 +89,8 @@ def resolve(settings: LaunchSettings, checkpoint: Checkpoint | None) -> Resolved
     if settings.engine == "vllm":
         environment["VLLM_HOST_IP"] = "127.0.0.1"  # on one server its processes talk on this machine only
     environment = {**environment, **plan.environment, **node.environment}
+    if settings.emulate:
+        environment |= emulated.ENVIRONMENT
     command = engine_command(settings, directory, name, planned, environment, node.headless)
     together = {**planned, **given}
     check_combination(together, device, cards.total, model.shape, cards.nodes, command.full_environment())
@@ -115,7 +121,8 @@ def _own_graphs(settings: Mapping[str, Any], device: str, given: Mapping[str, An
 
 def engine_version(settings: LaunchSettings, device: str) -> str | None:
     """Return the version of the engine that is installed; None for the one that the device is served with."""
-    package = KINDS.get((settings.engine, device), KINDS["vllm", "cpu"]).packages[0][0]
+    kind = emulated.NAME if settings.emulate else device
+    package = KINDS.get((settings.engine, kind), KINDS["vllm", "cpu"]).packages[0][0]
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
@@ -124,6 +131,9 @@ def engine_version(settings: LaunchSettings, device: str) -> str | None:
 
 def _device(settings: LaunchSettings) -> tuple[str, str]:
     """Return the kind of device and why. A dry run for cards that are named needs none of them here."""
+    if settings.emulate:
+        emulated.check(settings)
+        return "npu", emulated.WHY
     if not (settings.cards and settings.dry_run):
         device, why = choose(settings.device)
         return device.type, why
@@ -139,6 +149,8 @@ def _cards(settings: LaunchSettings, device: str) -> Cards:
         if settings.cards and parse_cards(settings.cards).device != "cpu":
             raise UserError(f"--cards {settings.cards} are not for --device cpu: give one of them")
         return parse_cards("cpu")
+    if settings.emulate:
+        return _emulated_cards(settings)
     named = parse_cards(settings.cards, settings.nodes) if settings.cards else None
     if named and settings.dry_run:
         return named
@@ -160,6 +172,13 @@ def _cards(settings: LaunchSettings, device: str) -> Cards:
         lacking = f", {_reasons(broken)}" if broken else ""
         raise UserError(f"--cards {settings.cards}: {len(here)} are to be had here{lacking}; name as many, or fewer")
     return replace(found, count=wanted, indices=here[:wanted])
+
+
+def _emulated_cards(settings: LaunchSettings) -> Cards:
+    named = parse_cards(settings.cards or emulated.CARDS)
+    if named.device != "npu" or named.count > emulated.MOST_CARDS:
+        raise UserError(f"--cards {settings.cards}: --emulate has up to {emulated.MOST_CARDS} Ascend cards")
+    return named
 
 
 def _for_sglang(plan: Plan, settings: LaunchSettings) -> Plan:

@@ -17,6 +17,7 @@ class LaunchSettings:
     """
 
     device: str
+    emulate: bool
     engine: str
     model: Path | None
     verify: str

@@ -3,15 +3,19 @@
 #   tests/run.sh                all tests (the same as `tests/run.sh all`), ruff and mypy
 #   tests/run.sh quick          ruff, mypy and the tests that start no engine
 #   tests/run.sh npu ARGUMENT…  only the tests on emulated Ascend cards
+#   tests/run.sh npu-serve ARGUMENT…  only the real vllm-ascend on emulated cards, in an environment of its own
 #   tests/run.sh triton ARGUMENT…  only those of the Triton kernels, on Triton's interpreter
 #   tests/run.sh ARGUMENT…      only pytest, with these arguments
 
 # shellcheck source=serve/env.sh
 source "$(dirname -- "$(readlink -f -- "${BASH_SOURCE[0]}")")/../serve/env.sh"
-use_environment serve test
 cd -- "$ROOT"
+if [[ ${1:-} != npu-serve ]]; then use_environment serve test; fi
 
-on_cpu() { "$ENV_PYTHON" -m pytest --ignore tests/npu --ignore tests/triton "$@"; }
+on_cpu() { "$ENV_PYTHON" -m pytest --ignore tests/npu --ignore tests/npu_serve --ignore tests/triton "$@"; }
+
+# In a shell of its own, whose environment is another one.
+on_vllm_ascend() { (use_emulated_environment test && exec "$ENV_PYTHON" -m pytest tests/npu_serve "$@"); }
 
 on_npu() { "$ENV_PYTHON" -m ascend.emulator -- "$ENV_PYTHON" -m pytest tests/npu "$@"; }
 
@@ -42,6 +46,7 @@ all | quick)
   exit "$status"
   ;;
 npu) on_npu "${@:2}" ;;
+npu-serve) on_vllm_ascend "${@:2}" ;;
 triton) on_interpreter "${@:2}" ;;
 *) exec "$ENV_PYTHON" -m pytest "$@" ;;
 esac

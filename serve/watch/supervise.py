@@ -17,7 +17,7 @@ from dataclasses import replace
 from typing import NoReturn
 
 from convert.demo_config import NOTE
-from serve.demo import build_demo
+from serve.demo import build_demo, demo_size
 from serve.engine import EngineCommand
 from serve.nodes.link import NodeLink
 from serve.plugin.log_format import MARK
@@ -101,7 +101,7 @@ class _Supervisor:
             if self._server.demo:
                 print(f"serving a demo. {NOTE}", file=sys.stderr)
             if self._settings.model is None:
-                build_demo(self._server.model)
+                build_demo(self._server.model, demo_size(self._settings.emulate))
             feed_watchdog()
             while True:
                 failure = self._live(started_at)
