@@ -16,8 +16,8 @@ CARDS = "1x910B3-64G"  # where none are named; the emulator shows eight
 MOST_CARDS = 8
 NAME = "npu (emulated)"
 WHY = (
-    "device npu: EMULATED on this machine's CPU, the engine is the real vLLM-Ascend; its times mean nothing, and what it "
-    "proves is in ascend/emulator/README.md"
+    "device npu: EMULATED on this machine's CPU by the real vLLM-Ascend; its times mean nothing, what it proves is in "
+    "ascend/emulator/README.md"
 )
 # By whom the engine is run.
 PREFIX = (sys.executable, "-m", "ascend.emulator", "--")

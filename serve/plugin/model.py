@@ -15,6 +15,7 @@ T tokens of the step, H hidden_size, E experts.
 from __future__ import annotations
 
 import re
+import weakref
 from collections.abc import Iterable
 from itertools import islice
 from typing import Any
@@ -31,6 +32,7 @@ from vllm.sequence import IntermediateTensors
 
 from ascend.eagle3_config import default_taps, tapped_layers
 
+_built: list[weakref.ref[BailingMoeV2ForCausalLM]] = []  # in this process: one, before its draft model
 LAYER = re.compile(r"model\.layers\.(\d+)\.")
 
 
@@ -101,6 +103,7 @@ class BailingMoeV2ForCausalLM(bailing_moe.BailingMoeV2ForCausalLM, SupportsEagle
         self._speculative = vllm_config.speculative_config
         # Not as a submodule, which would be a second name of every parameter in it.
         object.__setattr__(self.model, "embed_tokens", self.model.word_embeddings)
+        _built.append(weakref.ref(self))
 
     def set_aux_hidden_state_layers(self, layers: tuple[int, ...]) -> None:
         """Tap the streams before ``layers``; the ids in a draft head's own configuration may mean those after them."""
@@ -118,6 +121,13 @@ class BailingMoeV2ForCausalLM(bailing_moe.BailingMoeV2ForCausalLM, SupportsEagle
         own = (one for one in weights if not is_mtp(one[0], self.config.num_hidden_layers))
         loaded: set[str] = super().load_weights(plain(self, own))
         return loaded
+
+
+def main_head() -> nn.Module:
+    """The head of this process's main model."""
+    model = _built[-1]()
+    assert model is not None, "a draft model lives no longer than the main one"
+    return model.lm_head
 
 
 def is_mtp(name: str, num_hidden_layers: int) -> bool:

@@ -23,7 +23,7 @@ from vllm.model_executor.layers.logits_processor import LogitsProcessor
 from vllm.model_executor.models import bailing_moe
 from vllm.model_executor.models.utils import maybe_prefix
 
-from serve.plugin.model import BailingMoeModel, BailingMoeV2ForCausalLM, is_mtp, plain
+from serve.plugin.model import BailingMoeModel, BailingMoeV2ForCausalLM, is_mtp, main_head, plain
 
 
 class _Layer(bailing_moe.BailingMoeBlock):
@@ -87,7 +87,7 @@ class BailingMoeV2MTPModel(nn.Module):
         self.config = vllm_config.model_config.hf_config
         self.quant_config = vllm_config.quant_config
         self.model = _Layers(vllm_config=vllm_config, prefix=maybe_prefix(prefix, "model"))
-        self.lm_head: nn.Module | None = None  # its place: vLLM puts the main model's here
+        self.lm_head: nn.Module | None = None  # its place: vLLM puts the main model's here; vllm-ascend does not
         self.logits_processor = LogitsProcessor(self.config.vocab_size)
 
     def embed_input_ids(self, input_ids: torch.Tensor) -> torch.Tensor:
@@ -109,7 +109,7 @@ class BailingMoeV2MTPModel(nn.Module):
 
     def compute_logits(self, hidden_states: torch.Tensor, spec_step_idx: int = 0) -> torch.Tensor | None:
         """Logits ``[T, V]``; the final norm is the layer's own and done."""
-        logits_TV: torch.Tensor | None = self.logits_processor(self.lm_head, hidden_states)
+        logits_TV: torch.Tensor | None = self.logits_processor(self.lm_head or main_head(), hidden_states)
         return logits_TV
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
