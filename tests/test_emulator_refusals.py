@@ -181,8 +181,17 @@ BAD: dict[str, list[tuple[dict[str, Any], str]]] = {
         ({"smooth_scales": bf16(2, 64), "group_index": torch.tensor([1, 3])}, "group_index is int64"),
         ({"smooth_scales": bf16(2, 64), "group_index": int32(2, 1)}, "not cumulative up to 3"),
     ],
+    "npu_quantize": [
+        ({"div_mode": True}, "div_mode is True"),
+        ({"axis": 0}, "axis is 0"),
+        ({"dtype": 1}, "dtype is 1"),
+        ({"scales": torch.rand(32)}, "scales has shape"),
+        ({"zero_points": torch.rand(1)}, "zero_points has shape"),
+    ],
     "npu_quant_matmul": [
         ({"output_dtype": None}, "output_dtype is None, which is int8 out"),
+        ({"output_dtype": 3}, "pertoken_scale is given"),
+        ({"output_dtype": 3, "pertoken_scale": None, "bias": torch.zeros(64)}, "a bias of int32 sums is int32"),
         ({"output_dtype": 5, "pertoken_scale": None}, "pertoken_scale is missing"),
         ({"output_dtype": 5, "scale": torch.rand(64).to(BF16)}, "scale is bfloat16"),
         ({"bias": torch.rand(64).half()}, "bias is float16"),

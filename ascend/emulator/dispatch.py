@@ -188,7 +188,7 @@ class _Kernel:
             raise Refused(f"{self.name}: the emulator has no kernel for it (ascend/emulator/kernels)")
         tensors = memory.tensors(args) + memory.tensors(kwargs)
         device = self._device(tensors, kwargs.get("device"))
-        graphs.refuse_while_waiting(self.name)
+        graphs.behind_a_wait(self.name)
         log.op(self.name)
         for what in self._syncs(tensors, args, kwargs):
             graphs.refuse_while_capturing(what)

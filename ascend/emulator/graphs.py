@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ctypes
 import itertools
+import threading
 from typing import Any
 
 import torch
@@ -24,8 +25,8 @@ from ascend.emulator.tape import (
     Task,
     ValueWait,
     ValueWrite,
-    refuse_behind_a_wait,
     replay,
+    stand_behind,
     wait,
     waiting,
     write,
@@ -35,7 +36,7 @@ _tapes: dict[int, Tape] = {}
 _numbers = itertools.count(1)
 _capture: Tape | None = None
 _group_start = 0
-_update: tuple[Tape, int] | None = None
+_update: tuple[Tape, int, int] | None = None  # the place of the next task, and the thread that replaces it
 _hooks: list[Any] = []  # what C holds must not be collected
 
 _GRAPH_HOOK = ctypes.CFUNCTYPE(ctypes.c_long, ctypes.c_char_p, ctypes.c_void_p, ctypes.c_void_p)
@@ -47,7 +48,7 @@ _VALUE_HOOK = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p, c
 
 def capturing() -> bool:
     """Say whether ops are being recorded (or a group's are being replaced) and not run."""
-    return _capture is not None or _update is not None
+    return _capture is not None or (_update is not None and _update[2] == threading.get_ident())
 
 
 def refuse_while_capturing(what: str) -> None:
@@ -56,10 +57,10 @@ def refuse_while_capturing(what: str) -> None:
         raise Refused(f"{what}: the host cannot wait for the device while a graph is captured")
 
 
-def refuse_while_waiting(what: str) -> None:
-    """Raise `Refused` if a graph on this stream stands half-way: ``what`` would have to stand behind it."""
+def behind_a_wait(what: str) -> None:
+    """Let ``what`` stand behind a graph on this stream that stands half-way, see `tape.stand_behind`."""
     if waiting() and not capturing():
-        refuse_behind_a_wait(what, torch.npu.current_stream().npu_stream)  # type: ignore[attr-defined]
+        stand_behind(what, torch.npu.current_stream().npu_stream)  # type: ignore[attr-defined]
 
 
 def install() -> None:
@@ -98,9 +99,9 @@ def record(kernel: Any, args: Any, kwargs: Any, device: torch.device) -> Any:
 def _put(task: Step) -> None:
     global _update
     if _update is not None:
-        tape, position = _update
+        tape, position, thread = _update
         tape.tasks[position] = task
-        _update = (tape, position + 1)
+        _update = (tape, position + 1, thread)
     else:
         assert _capture is not None, "the caller asked `capturing`"
         _capture.tasks.append(task)
@@ -194,7 +195,7 @@ def _group_end(_: int) -> int:
 def _update_begin(number: int) -> int:
     global _update
     tape = next(tape for tape in _tapes.values() if number in tape.groups)
-    _update = (tape, tape.groups[number].start)
+    _update = (tape, tape.groups[number].start, threading.get_ident())
     return 0
 
 
@@ -207,7 +208,7 @@ def _update_end(_: int) -> int:
 def _synchronise(what: str) -> int:
     log.sync(what)
     refuse_while_capturing(what)
-    refuse_behind_a_wait(what, None)
+    stand_behind(what, None)
     return 0
 
 

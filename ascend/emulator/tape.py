@@ -7,6 +7,7 @@ on from there. Here a replay runs as far as it can in the call that starts it, a
 from __future__ import annotations
 
 import ctypes
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -107,13 +108,14 @@ class Tape:
     groups: dict[int, slice] = field(default_factory=dict)
 
 
-@dataclass
+@dataclass(eq=False)
 class Replay:
     """A replay on a stream, and the position it has come to."""
 
     tape: Tape
     stream: int
     position: int = 0
+    thread: int = field(default_factory=threading.get_ident)
 
     def advance(self) -> bool:
         """Run to the end, or to a wait that is not met; say whether it is the end."""
@@ -126,7 +128,11 @@ class Replay:
         return True
 
 
+WAIT_S = 60
+"""How long another thread waits for a replay that stands half-way, before it is taken to hang."""
+
 _under_way: list[Replay] = []  # in the order of their start
+_progress = threading.Condition()
 
 
 def replay(tape: Tape, stream: int) -> None:
@@ -148,12 +154,21 @@ def wait(step: ValueWait) -> None:
         raise Refused(f"a stream waits for the value {step.value} that no one has written; the emulator keeps no queue")
 
 
-def refuse_behind_a_wait(what: str, stream: int | None) -> None:
-    """Raise `Refused` where a graph on this stream (None: on any) waits for a value: ``what`` would wait with it."""
-    if any(stream is None or one.stream == stream for one in _under_way):
-        raise Refused(
-            f"{what}: a captured graph still waits for an external event here; the emulator keeps no queue behind it"
-        )
+def stand_behind(what: str, stream: int | None) -> None:
+    """Wait with a graph on this stream (None: on any) that waits for a value, if another thread is to write that.
+
+    Raises `Refused` in the thread that started the graph: work given to the stream would have to be queued, and waiting
+    for it would hang. So does a wait of more than `WAIT_S`.
+    """
+    before = [one for one in _under_way if stream is None or one.stream == stream]
+    if not before:
+        return
+    problem = "a captured graph still waits for an external event here"
+    if any(one.thread == threading.get_ident() for one in before):
+        raise Refused(f"{what}: {problem}; the emulator keeps no queue behind it")
+    with _progress:
+        if not _progress.wait_for(lambda: not any(one in _under_way for one in before), WAIT_S):
+            raise Refused(f"{what}: {problem}, after {WAIT_S} s")
 
 
 def waiting() -> bool:
@@ -166,7 +181,9 @@ def _go_on() -> None:
         for one in _of(stream):
             if not one.advance():
                 break
-            _under_way.remove(one)
+            with _progress:
+                _under_way.remove(one)
+                _progress.notify_all()
 
 
 def _of(stream: int) -> Iterator[Replay]:

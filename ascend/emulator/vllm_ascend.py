@@ -48,7 +48,7 @@ class SlotMapping:
         name = "triton::_compute_slot_mapping_kernel"
         if TOTAL_CP_WORLD_SIZE != 1:
             raise Refused(f"{name}: the emulator has no context parallelism")
-        graphs.refuse_while_waiting(name)
+        graphs.behind_a_wait(name)
         graphs.refuse_while_capturing(name)
         log.op(name)
         slots, table = memory.alias(slot_mapping), memory.alias(block_table)

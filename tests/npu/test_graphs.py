@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
 
 import pytest
@@ -150,6 +151,27 @@ def test_nothing_is_computed_behind_a_graph_that_waits(what: str) -> None:
         assert (q + 1).shape == q.shape
     graph.update(cpu_update_input=[{"actual_seq_lengths_kv": [9]}])
     assert out.tolist() == [[[[2.0] * 64] * 2]]
+
+
+def test_another_thread_waits_with_a_graph_that_waits() -> None:
+    """As vLLM's thread that copies results does: it must see them, and must not be refused."""
+    q, k = torch.ones(1, 1, 2, 64, device=CARD).bfloat16(), torch.ones(1, 9, 1, 64, device=CARD).bfloat16()
+    graph, out = attention_graph(q, k)
+    before, seen = torch.npu.Event(), []
+    before.record()
+    graph.replay()
+
+    def look() -> None:
+        before.synchronize()
+        seen.append(out.sum().item())
+
+    thread = threading.Thread(target=look)
+    thread.start()
+    thread.join(0.3)
+    assert (thread.is_alive(), seen) == (True, [])
+    graph.update(cpu_update_input=[{"actual_seq_lengths_kv": [9]}])
+    thread.join()
+    assert seen == [256.0]
 
 
 SHAPE = {"head_dim": 64, "hidden_size": 128, "moe_intermediate_size": 64}
