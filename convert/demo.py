@@ -58,7 +58,8 @@ def write_demo(
     Args:
         path: a directory that does not exist, is empty, or (with ``force``) holds an older demo. It appears whole or
             not at all.
-        size: ``tiny`` (2.6 M parameters), ``small`` (0.5 B), ``ling-mini``, ``ling-flash`` (no weights).
+        size: ``tiny`` (2.6 M parameters), ``tiny-npu`` (8.2 M, heads of 128), ``small`` (0.5 B), ``ling-mini``,
+            ``ling-flash`` (no weights).
         seed: chooses the weights.
         dtype: ``bf16`` or ``fp32``.
         weights: ``gaussian``, or ``heavy``: with the tails, rows and outlier channels of trained ones (`demo_heavy`).
