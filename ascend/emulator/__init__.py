@@ -2,8 +2,9 @@
 
 In: any Python program, started by ``python -m ascend.emulator -- COMMAND``. Out: the same program on eight emulated
 910B3, devices ``npu:0`` to ``npu:7``. README.md beside this file says what that proves and what it does not. Read
-`runtime.py` (the C runtime under torch_npu), `dispatch.py` (every op computed on the CPU over the same memory),
-`kernels/` (what the `npu` ops do, from the documentation of the device), `graphs.py` and `communicator.py`.
+`runtime.py` (the C runtime under torch_npu), `dispatch.py` and `overrides.py` (every op computed on the CPU over the
+same memory), `kernels/` (what the `npu` ops do, from the documentation of the device), `graphs.py`, `communicator.py`
+and `vllm_ascend.py` (what the real vllm-ascend needs besides).
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """What the real vllm-ascend needs to load on emulated cards, beside torch_npu.
 
 Its C extension is linked against more of CANN than torch_npu is, and built for an older torch: `runtime.py` and
-``plugin.c`` let it load and register the schemas of its ops; their kernels are replaced (`dispatch`). One kernel of
+``plugin.c`` let it load and register the schemas of its ops; their kernels are replaced (`overrides`). One kernel of
 vLLM itself is Triton's, which has no Ascend compiler here: `SlotMapping` takes its place.
 """
 
@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ascend.emulator import dispatch, graphs, log, memory
+from ascend.emulator import graphs, log, memory, overrides
 from ascend.emulator.kernels.vllm_ascend import SHAPES
 from ascend.emulator.limits import Refused
 
@@ -71,6 +71,6 @@ def install_ops(module: ModuleType) -> None:
     It is built for torch 2.10: the numbers of the dispatch keys it names are one lower in 2.13, so that its own kernels
     and meta kernels lie where nothing looks for them.
     """
-    library = dispatch.install_namespace("_C_ascend")
+    library = overrides.install_namespace("_C_ascend")
     for name, shapes in SHAPES.items():
         library.impl(name, shapes, "Meta")

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import importlib.metadata
 import inspect
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from ascend.emulator import log
+from ascend.emulator import log, package, runtime
 from ascend.emulator.kernels import atb, vllm_ascend
 from ascend.emulator.limits import Refused
 from tests.emulator_calls import BF16, bf16, grouped_swiglu_quant, swiglu_quant
@@ -120,6 +121,13 @@ def test_vllm_is_found_under_the_name_that_the_plugin_asks_for() -> None:
     from vllm.v1.worker.block_table import _compute_slot_mapping_kernel
 
     assert type(_compute_slot_mapping_kernel).__module__ == "ascend.emulator.vllm_ascend"
+
+
+def test_a_torch_npu_beside_torch_is_used_and_the_plugins_libraries_are_built() -> None:
+    beside = package.folder(package.version())
+    assert beside == Path(torch.__file__).parents[1]
+    built = {file.name for file in (runtime.folder(beside) / "lib").iterdir()}
+    assert built == {f"lib{name}.so" for name in (*runtime.LIBRARIES, *runtime.PLUGIN_LIBRARIES)}
 
 
 def test_host_code_copies_device_memory_through_acl() -> None:

@@ -30,7 +30,7 @@ pytestmark = pytest.mark.slow  # an engine each: most of a minute
 NEW = 12
 START_S = 300
 FLAGS = ["--dtype", "bfloat16", "--max-model-len", "256", "--max-num-seqs", "4", "--max-num-batched-tokens", "256"]
-# The pool is given: a card's free memory says nothing here. The fused op is a Triton kernel, and has no other form.
+# The pool is given: a card's free memory says nothing here. The fused op is a Triton kernel and has no other form.
 FLAGS += ["--num-gpu-blocks-override", "32", "--no-enable-prefix-caching"]
 FLAGS += ["--additional-config", json.dumps({"ascend_compilation_config": {"fuse_qknorm_rope": False}})]
 EAGER = ["--enforce-eager"]
@@ -67,7 +67,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 def served(model: Path, log: Path, *flags: str) -> Iterator[str]:
     port = free_port()
     command = ["vllm", "serve", str(model), "--host", "127.0.0.1", "--port", str(port), "--served-model-name", "m"]
-    # torch 2.13 cannot store what its cache of autograd's part is asked to here.
+    # torch 2.13's cache of compiled graphs refuses what the plugin's compiler, made for 2.10, returns.
     environ = os.environ | {"TORCHINDUCTOR_AUTOGRAD_CACHE": "0", "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
     with log.open("w") as out:
         engine = subprocess.Popen(

@@ -15,8 +15,8 @@ from types import ModuleType
 
 # What happens right after a module was run: a function of the emulator's, given the module.
 AFTER = {
-    "torch_npu": "ascend.emulator.dispatch:install",
-    "torch_npu.op_plugin.atb._atb_ops": "ascend.emulator.dispatch:install_atb",
+    "torch_npu": "ascend.emulator.overrides:install",
+    "torch_npu.op_plugin.atb._atb_ops": "ascend.emulator.overrides:install_atb",
     "vllm.v1.worker.block_table": "ascend.emulator.vllm_ascend:install_slot_mapping",
     "vllm_ascend.vllm_ascend_C": "ascend.emulator.vllm_ascend:install_ops",
 }
