@@ -82,6 +82,7 @@ def test_grouped_product_takes_cumulative_ends_and_activates_the_left_half() -> 
         exact = F.silu(hidden[:, :32]) * hidden[:, 32:]
         torch.testing.assert_close(scale[start:end].double(), exact.abs().amax(-1) / 127, rtol=1e-4, atol=0)
         assert ((out[start:end].double() * scale[start:end, None] - exact).abs() <= scale[start:end, None] * 0.51).all()
+    assert scale[5:].isnan().all()  # past the last end nothing is written
     with pytest.raises(Refused, match="swiglu_limit is 7"):
         ours("grouped_matmul_swiglu_quant_weight_nz", **given, swiglu_limit=7.0)
 
