@@ -9,13 +9,19 @@
 
 # shellcheck source=serve/env.sh
 source "$(dirname -- "$(readlink -f -- "${BASH_SOURCE[0]}")")/../serve/env.sh"
+use_environment serve test
 cd -- "$ROOT"
-if [[ ${1:-} != npu-serve ]]; then use_environment serve test; fi
 
-on_cpu() { "$ENV_PYTHON" -m pytest --ignore tests/npu --ignore tests/npu_serve --ignore tests/triton "$@"; }
+on_cpu() { "$ENV_PYTHON" -m pytest --ignore tests/npu --ignore tests/npu_serve --ignore tests/npu_launch --ignore tests/triton "$@"; }
 
-# In a shell of its own, whose environment is another one.
-on_vllm_ascend() { (use_emulated_environment test && exec "$ENV_PYTHON" -m pytest tests/npu_serve "$@"); }
+on_vllm_ascend() {
+  local status=0
+  # In a shell of its own: its environment is another one.
+  (use_emulated_environment test && exec "$ENV_PYTHON" -m ascend.emulator -- "$ENV_PYTHON" -m pytest tests/npu_serve "$@") ||
+    status=$?
+  "$ENV_PYTHON" -m pytest tests/npu_launch "$@" || status=$?
+  return "$status"
+}
 
 on_npu() { "$ENV_PYTHON" -m ascend.emulator -- "$ENV_PYTHON" -m pytest tests/npu "$@"; }
 

@@ -125,10 +125,10 @@ def test_a_diverged_token_is_explained_by_rounding_or_by_a_near_tie_before_it() 
     assert dataclasses.replace(one, lead=2.1 * limits.logits, after_flip=True).explained(limits)
 
 
-def served(first: float, middle: float, tail: float, decode: float) -> ServedNumbers:
+def served(first: float, middle: float, tail: float, decode: float, begin: float = 1e3) -> ServedNumbers:
     shares = zip((0.1, 0.25, 0.5, 0.75, 0.9), (first, middle, middle, middle, tail), strict=True)
     quantiles = [QuantileNumbers(share, factor * 1e-3, 1e-3) for share, factor in shares]
-    return ServedNumbers(400, 9, 0.0, 400, quantiles, 40, decode * 1e-3, 0.1, 0.2, 0.01, 1.0, 1.0, [])
+    return ServedNumbers(400, 9, 0.0, 400, quantiles, begin * 1e-3, 40, decode * 1e-3, 0.1, 0.2, 0.01, 1.0, 1.0, [])
 
 
 @given(st.floats(0.01, 0.99), st.floats(1.01, 100.0), st.sampled_from(("first", "middle", "tail", "decode")))
@@ -144,6 +144,16 @@ def test_a_server_is_judged_by_how_far_rounding_takes_the_model(
         verdict = summed_up(served_checks(served(**kept | {which: value}), limits))
         assert len(verdict.reasons) == 1
         assert "no layers" in str(verdict.cause)
+
+
+def test_where_first_tokens_agree_positions_are_named() -> None:
+    limits = LIMITS["bf16"]
+    far = {"first": 1.0, "middle": 2 * limits.middle, "tail": 1.0, "decode": 1.0}
+    named, not_named = (
+        summed_up(served_checks(served(**far, begin=factor * limits.middle), limits)) for factor in (0.9, 1.1)
+    )
+    assert str(named.cause).startswith("what positions or keys decide")
+    assert "positions" not in str(not_named.cause)
 
 
 def test_a_single_position_before_any_near_tie_is_enough() -> None:

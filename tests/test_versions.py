@@ -132,7 +132,9 @@ def test_the_version_is_said_once(package: dict[str, Any]) -> None:
 
 def test_every_package_is_shipped(package: dict[str, Any]) -> None:
     folders = {path.parent.relative_to(ROOT) for path in tracked_files() if path.name == "__init__.py"}
-    assert set(package["packages"]) == {".".join(folder.parts) for folder in folders if folder.parts[0] != "tests" and "bootstrap" not in folder.parts}
+    assert set(package["packages"]) == {
+        ".".join(folder.parts) for folder in folders if folder.parts[0] != "tests" and "bootstrap" not in folder.parts
+    }
 
 
 def test_vllm_finds_the_plugin(package: dict[str, Any]) -> None:

@@ -28,9 +28,9 @@ class ServedNumbers:
     """How a server differs from side a; distances as `perf.parity.served` has them.
 
     positions: of all prompts; settled: those of them before any near-tie of side a's routers, settled_max the largest
-    distance of these; judged: those that the quantiles are of. given: |Δ log-probability| of the prompt's next token,
-    in nats. kl_mean: KL(a‖b) in nats of the tokens that the server names and of all others as one, a lower bound of
-    the whole.
+    distance of these; judged: those that the quantiles are of. begin_median: of the prompts' first tokens, which attend
+    to nothing but themselves. given: |Δ log-probability| of the prompt's next token, in nats. kl_mean: KL(a‖b) in nats
+    of the tokens that the server names and of all others as one, a lower bound of the whole.
     """
 
     positions: int
@@ -38,6 +38,7 @@ class ServedNumbers:
     settled_max: float
     judged: int
     quantiles: list[QuantileNumbers]
+    begin_median: float
     decode_positions: int
     decode_median: float
     given_median: float
@@ -63,6 +64,11 @@ class ServedNumbers:
         return self.quantiles[-1].factor
 
     @property
+    def begin(self) -> float:
+        """How many times as far the first tokens' median is as the upper quartile of the twins."""
+        return self.begin_median / max(self.quantiles[-2].yardstick, 1e-30)
+
+    @property
     def decode(self) -> float:
         """How many times as far the decode steps' median is as the upper quartile of the twins."""
         return self.decode_median / max(self.quantiles[-2].yardstick, 1e-30)
@@ -70,7 +76,14 @@ class ServedNumbers:
 
 def served_checks(numbers: ServedNumbers, limits: Limits) -> list[Check]:
     """Hold a server's numbers against the limits. No layer can be named: a server shows its last numbers alone."""
-    cause = "another checkpoint or precision, or a fault: a server shows no layers, run `parity check` on its device"
+    if numbers.begin <= limits.middle:
+        cause = (
+            "what positions or keys decide: rotary embedding (YaRN: is truncate the model's?), QK-norm, scale, mask, "
+            "slots (the first tokens of the prompts agree)"
+        )
+    else:
+        cause = "another checkpoint or precision, or a fault"
+    cause += "; a server shows no layers, run `parity check` on its device"
     rows = (
         ("prompt", "distance over rounding's, first tenth of the positions,", numbers.first, limits.first),
         ("prompt", "distance over rounding's, middle half of the positions,", numbers.middle, limits.middle),

@@ -74,6 +74,7 @@ class _Positions:
 
     def __init__(self) -> None:
         self.prompt: list[float] = []
+        self.begin: list[float] = []
         self.decode: list[float] = []
         self.kl: list[float] = []
         self.given: list[float] = []
@@ -102,6 +103,8 @@ class _Positions:
             self.decode.append(far)
             return
         self.prompt.append(far)
+        if position == 0:
+            self.begin.append(far)
         self.kl.append(_coarse_kl(log_a[best], b_K))
         self.top1.append(lead <= 0)
         fives = min(5, len(best))
@@ -120,6 +123,7 @@ class _Positions:
             settled_max=float(settled.max()) if len(settled) else 0.0,
             judged=len(near),
             quantiles=[QuantileNumbers(*row) for row in rows],
+            begin_median=float(torch.tensor(self.begin, dtype=torch.float64).median()),
             decode_positions=len(self.decode),
             decode_median=float(torch.tensor(self.decode, dtype=torch.float64).median()) if self.decode else 0.0,
             given_median=float(given.median()),
