@@ -93,21 +93,21 @@ def test_it_answers_drafts_and_is_the_cpus_model(model: Path, tmp_path: Path) ->
 def test_yarn_is_the_models_with_the_launchers_settings_and_not_without(tmp_path: Path) -> None:
     """vLLM-Ascend's default does not truncate YaRN's range: `perf parity` says FAIL, and that it is the positions."""
     path = tmp_path / "yarn"
-    original = {"max_position_embeddings": YARN_LENGTH}
-    write_demo(path, "tiny-npu", yarn=8.0, **original)
+    yarn = {"rope_type": "yarn", "type": "yarn", "factor": 8.0, "original_max_position_embeddings": YARN_LENGTH}
+    write_demo(path, "tiny-npu", rope_scaling=yarn, max_position_embeddings=8 * YARN_LENGTH)
     record = tmp_path / "cpu.safetensors"
     assert run("record", "cpu", record, "--model", path, "--prompt-length", 200, "--rows", 4).returncode == 0
     with launched(tmp_path / "ours", path, "--max-num-seqs", "8") as (ready, _):
         code, said = parity(record, ready)
         assert (code, "PASS" in said) == (0, True), said
-    # The launcher refuses to leave `truncate` out, so the engine is started as its makers' pages have it.
-    own = json.dumps({"rope_parameters": {"rope_type": "yarn", "factor": 8.0}})
+    # As vLLM-Ascend takes a configuration that does not say; ours says so as soon as the plugin reads it. The launcher
+    # refuses it, so the engine is started as its makers' pages have it.
+    rope = rope_settings(json.loads((path / "config.json").read_text())) | {"truncate": False}
+    own = json.dumps({"rope_parameters": rope})
     flags = ["--device", "npu", "--emulate", "--model", str(path), "--dry-run", "--", "--hf-overrides", own]
     refused = subprocess.run([str(LAUNCH), *flags], capture_output=True, text=True, check=False)
-    assert (refused.returncode, "positions would silently be wrong" in refused.stderr) == (2, True), refused.stderr
-    # As vLLM-Ascend takes a configuration that does not say; ours says so as soon as the plugin reads it.
-    rope = rope_settings(json.loads((path / "config.json").read_text())) | {"truncate": False}
-    with engine(path, tmp_path / "log", "--hf-overrides", json.dumps({"rope_parameters": rope})) as ready:
+    assert (refused.returncode, "gives other positions" in refused.stderr) == (2, True), refused.stderr
+    with engine(path, tmp_path / "log", "--hf-overrides", own) as ready:
         code, said = parity(record, ready)
         assert (code, "FAIL" in said) == (1, True), said
         assert "what positions or keys decide" in said
