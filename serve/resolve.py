@@ -17,6 +17,7 @@ from ascend.devices import choose
 from ascend.errors import UserError
 from ascend.precision import PRECISIONS
 from convert.demo_config import demo_config
+from convert.described import DESCRIPTION
 from serve import emulated
 from serve.demo import DEMO_NAME, demo_directory, demo_size
 from serve.engine import KINDS, EngineCommand, engine_command
@@ -55,6 +56,8 @@ def resolve(settings: LaunchSettings, checkpoint: Checkpoint | None) -> Resolved
     demo, _ = demo_config(size, 1, "bf16", None, {})
     model = model_in(checkpoint.path) if checkpoint else model_of(demo, DEMO_NAME)
     given = read_flags(settings.engine, engine_version(settings, device), device, settings.engine_flags)
+    if device == "npu":
+        _check_quantization(given.get("quantization"), checkpoint)
     plan = make_plan(model, cards, _wanted(settings, given), settings.engine, launcher=True)
     if settings.engine == "sglang":
         plan = _for_sglang(plan, settings)
@@ -100,6 +103,17 @@ def resolve(settings: LaunchSettings, checkpoint: Checkpoint | None) -> Resolved
     if meant in PRECISIONS and meant != plan.precision:
         notes.append(f"--profile {settings.profile} was computed for weights in {meant}, these are in {plan.precision}")
     return Resolved(device, why, cards, plan, node, command, name, tuple(one for one in notes if one))
+
+
+def _check_quantization(asked: str | None, checkpoint: Checkpoint | None) -> None:
+    """Raise `UserError` for a name of a format that is not the checkpoint's: vLLM-Ascend finds the right one itself."""
+    stored = None
+    if checkpoint is not None:
+        described = checkpoint.config.get("quantization_config") or {}
+        is_modelslim = (checkpoint.path / DESCRIPTION).is_file()
+        stored = "ascend" if is_modelslim else described.get("quant_method")
+    if asked in ("ascend", "compressed-tensors") and asked != stored:
+        raise UserError(f"--quantization {asked}: the model's is {stored or 'none'}: leave the flag out, it is found")
 
 
 def _own_graphs(settings: Mapping[str, Any], device: str, given: Mapping[str, Any]) -> list[str]:

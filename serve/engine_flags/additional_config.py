@@ -58,7 +58,10 @@ def _check(key: str, value: Any, keys: Mapping[str, str]) -> None:
     if key not in keys:
         stale = STALE.get(key)
         rest = f": {stale}" if stale else suggest(key, keys)
-        raise UserError(f"--additional-config: vllm-ascend 0.23 would ignore '{key}' in silence{rest}")
+        # Of all its keys it looks at these alone (ascend_config.py:856).
+        does = "does not know" if key.startswith("eplb_config.") else "would ignore"
+        silent = "" if key.startswith("eplb_config.") else " in silence"
+        raise UserError(f"--additional-config: vllm-ascend 0.23 {does} '{key}'{silent}{rest}")
     type_ = keys[key]
     fits = isinstance(value, _TYPES[type_]) and not (isinstance(value, bool) and type_ in ("int", "float"))
     if not fits:

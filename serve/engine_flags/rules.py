@@ -1,13 +1,15 @@
 """What flags must not be combined, in one table: refused by the engine minutes later, or by nobody and still wrong.
 
 Sources are files and lines of vllm-ascend at v0.23.0 (below `vllm_ascend/`) unless they say vLLM, which is 0.23.0.
-"nobody" before a source: the engine starts, and what was asked for does not happen, or goes wrong later.
+"nobody" before a source: the engine takes it, and what was asked for does not happen, or goes wrong later, which may be
+in its workers. The real engine is asked whether it is so: tests/npu_serve/test_configuration.py.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from ascend.errors import UserError
@@ -19,6 +21,13 @@ _BLOCK = 128  # tokens; utils.py:1369
 _MOST_LOGPROBS = 1000
 _GRAPH_MODES = ("NONE", "PIECEWISE", "FULL", "FULL_DECODE_ONLY", "FULL_AND_PIECEWISE")
 _NO_FP8 = ("fp8", "fp8_e4m3", "fp8_e5m2", "fp8_inc")
+_EPLB_NUMBERS = ("expert_heat_collection_interval", "algorithm_execution_interval", "num_redundant_experts")
+_EPLB_STAGES = ("all", "prefill", "decode")
+# Flags that vLLM-Ascend sets back with a line in the log; those that it has something else for are left out.
+_SET_BACK = (
+    "calculate-kv-scales", "enable-dbo", "enable-layerwise-nvtx-tracing",
+    "max-num-partial-prefills", "numa-bind-cpus", "numa-bind-nodes", "ray-workers-use-nsight", "ubatch-size",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -123,6 +132,33 @@ def _eplb_switch(a: Asked) -> bool:
     return bool(wanted) and not switch
 
 
+def _eplb_files(a: Asked) -> bool:
+    used, written = (a.extra(f"eplb_config.expert_map_{name}") for name in ("path", "record_path"))
+    is_named = all(str(file).endswith(".json") for file in (used, written) if file is not None)
+    return not is_named or (used is not None and not Path(str(used)).is_file())
+
+
+def _sparse(a: Asked) -> bool:
+    given = a.extra("hamming_sparse", {"enabled": False, "sparse_json_location": ""})
+    if not given.keys() >= {"enabled", "sparse_json_location"}:
+        return True
+    return bool(given["enabled"]) and not Path(str(given["sparse_json_location"])).is_file()
+
+
+def _decode_parts(a: Asked) -> bool:
+    parts = (f"finegrained_tp_config.{name}_tensor_parallel_size" for name in ("oproj", "olora"))
+    return a.role != "kv_consumer" and any(a.extra(part, 0) > 0 for part in parts)
+
+
+def _part_rope(a: Asked) -> bool:
+    if not a.rope:
+        return False
+    wanted = {"rope_type"}
+    if a.rope.get("rope_type") == "yarn":
+        wanted |= {"factor", "original_max_position_embeddings"}
+    return not a.rope.keys() >= wanted
+
+
 def _method(a: Asked) -> str:
     return str(a.inside("speculative-config.method", ""))
 
@@ -144,6 +180,10 @@ def _capture_sizes(a: Asked) -> list[int]:
     return sizes if isinstance(sizes, list) and all(type(size) is int for size in sizes) else []
 
 
+def _no_sizes(a: Asked) -> bool:
+    return a.graphs and a.inside("compilation-config.cudagraph_capture_sizes") == []
+
+
 def _largest_graph(a: Asked) -> bool:
     asked = a.settings.get("max-cudagraph-capture-size", a.inside("compilation-config.max_cudagraph_capture_size"))
     sizes = _capture_sizes(a)
@@ -154,10 +194,10 @@ RULES = (
     Rule("heads", _heads, "--tensor-parallel-size does not divide the model's attention heads: take a power of two",
          "vLLM config/model.py verify_with_parallel_config", _ALL),
     Rule("kv-heads", _kv_heads, "--tensor-parallel-size and the model's key-value heads do not divide one another: "
-         "take a power of two", "vLLM model_executor/models/bailing_moe.py, BailingAttention", _ALL),
+         "take a power of two", "nobody; vLLM model_executor/models/bailing_moe.py, BailingAttention", _ALL),
     Rule("cards", lambda a: a.device != "cpu" and a.size("tensor") * a.size("data") * a.size("pipeline") > a.cards,
          "tensor, data and pipeline parallel sizes need more cards than there are: make their product smaller, or give "
-         "more with --cards", "nobody before the workers start; worker/worker.py:490", ("npu", "cuda")),
+         "more with --cards", "nobody; worker/worker.py:490", ("npu", "cuda")),
     Rule("server", lambda a: a.size("tensor") * a.nodes > a.cards,
          "--tensor-parallel-size is more than the cards of one server, and its exchange would leave it at every layer: "
          "divide by --data-parallel-size between servers", "nobody; worker/worker.py:490", ("npu", "cuda")),
@@ -168,6 +208,8 @@ RULES = (
     Rule("graph-mode", lambda a: str(a.inside("compilation-config.cudagraph_mode", "NONE")).upper() not in _GRAPH_MODES,
          f"--compilation-config: cudagraph_mode is one of {', '.join(_GRAPH_MODES)}",
          "vLLM config/compilation.py, CUDAGraphMode", _ALL),
+    Rule("no-sizes", _no_sizes, "--compilation-config: cudagraph_capture_sizes is empty: leave it out, or add "
+         "--enforce-eager", "vLLM config/vllm.py:1691"),
     Rule("sizes-twice", lambda a: a.on("cudagraph-capture-sizes") and _capture_sizes(a), "--cudagraph-capture-sizes: "
          "--compilation-config has sizes, too, the plan's if not yours: give yours in it, with cudagraph_mode",
          "vLLM engine/arg_utils.py", _ALL),
@@ -180,12 +222,12 @@ RULES = (
          "nobody; serve/preflight.py", _ALL),
     Rule("logprobs", lambda a: not 0 <= _number(a.settings.get("max-logprobs")) <= _MOST_LOGPROBS,
          f"--max-logprobs: one request could ask for the whole vocabulary at every token, and hold up the others: take "
-         f"0 to {_MOST_LOGPROBS}", "vLLM config/model.py: -1 is no limit", _ALL),
+         f"0 to {_MOST_LOGPROBS}", "nobody; vLLM config/model.py: -1 is no limit", _ALL),
     Rule("executor", lambda a: a.settings.get("distributed-executor-backend") not in (None, "mp", "uni"),
          "--distributed-executor-backend: only processes of this machine (mp) are watched and ended together: leave it "
          "out; --nodes is for several servers", "nobody", _ALL),
     Rule("sleep", lambda a: a.on("enable-sleep-mode"), "--enable-sleep-mode: what puts it to sleep is open to every "
-         "client, and so is turned off here: leave it out", "vLLM 0.32 launchers/api_server/routers.py:40", _ALL),
+         "client, and so is turned off here: leave it out", "nobody; vLLM 0.32 launchers/api_server/routers.py", _ALL),
     Rule("lora", lambda a: a.on("enable-lora"), "--enable-lora: the plan has no memory for adapters, and nothing "
          "vouches for them: merge one into the weights, and convert those", "nobody", _ALL),
     Rule("rope-theta", lambda a: a.rope and "rope_theta" not in a.rope, "--hf-overrides: rope settings without "
@@ -195,11 +237,19 @@ RULES = (
          and not a.rope.get("truncate"),
          "--hf-overrides: YaRN without '\"truncate\": true' gives other positions than the model's beyond its original "
          "length: add it", "nobody; ops/rotary_embedding.py:269"),
+    Rule("rope-part", _part_rope, "--hf-overrides: rope settings need 'rope_type', and YaRN 'factor' and "
+         "'original_max_position_embeddings', too: add them", "vLLM config/model.py:2178, 2186"),
     Rule("speculative", lambda a: _method(a) not in _DRAFTING,
          "--speculative-config: that method is not for this architecture: take --speculative mtp, eagle3:DIR or ngram",
-         "vLLM config/speculative.py:730; model_runner_v1.py:3756", _ALL),
+         "vLLM config/speculative.py; model_runner_v1.py:3756", _ALL),
+    Rule("draft-count", lambda a: a.on("speculative-config")
+         and a.inside("speculative-config.num_speculative_tokens") is None,
+         "--speculative-config: num_speculative_tokens is missing: give it", "vLLM config/speculative.py"),
+    Rule("draft-model", lambda a: a.on("speculative-config") and _method(a) in ("", "draft_model")
+         and not a.inside("speculative-config.model"),
+         "--speculative-config: this method needs 'model', the draft's directory", "vLLM config/speculative.py:587"),
     Rule("drafts", lambda a: _number(a.inside("speculative-config.num_speculative_tokens")) >= _TND_TOKENS,
-         "--speculative-config: num_speculative_tokens is at most 15 here", "attention/attention_v1.py:251"),
+         "--speculative-config: num_speculative_tokens is at most 15 here", "nobody; attention/attention_v1.py:251"),
     Rule("additional-config", lambda a: a.on("additional-config"),
          "--additional-config is vLLM-Ascend's, and this device's engine ignores it: leave it out",
          "nobody; vLLM config/vllm.py", ("cuda", "cpu")),
@@ -207,19 +257,26 @@ RULES = (
          "--dtype float32: a 910B's matrix units do not compute in it: take bfloat16", "nobody; platform.py"),
     Rule("fp8-cache", lambda a: a.settings.get("kv-cache-dtype") in _NO_FP8,
          "--kv-cache-dtype fp8: a 910B has no FP8: take auto", "nobody; platform.py"),
-    Rule("fp8-weights", lambda a: a.settings.get("quantization") in ("fp8", "awq", "gptq", "bitsandbytes", "gguf"),
+    Rule("quantization", lambda a: a.settings.get("quantization") not in (None, "ascend", "compressed-tensors"),
          "--quantization: not a format of a 910B: `python -m convert w8a8` writes one, found without the flag",
-         "quantization/utils.py:132"),
+         "vLLM platforms/interface.py"),
     Rule("block-size", lambda a: a.settings.get("block-size") not in (None, _BLOCK),
          "--block-size: vLLM-Ascend changes it to 128 in silence: leave it out", "nobody; utils.py:1369"),
+    Rule("set-back", lambda a: any(a.settings.get(flag) not in (None, False) for flag in _SET_BACK),
+         f"--{', --'.join(_SET_BACK)}: vLLM-Ascend sets each of them back: leave it out", "nobody; platform.py:1056"),
     Rule("eplb-flag", lambda a: a.on("enable-eplb"), "--enable-eplb is for CUDA: use "
          "--additional-config '{\"eplb_config\": …}'", "vLLM config/parallel.py"),
     Rule("eplb-switch", _eplb_switch, "--additional-config: eplb_config needs DYNAMIC_EPLB=true in the environment",
-         "ascend_config.py:889"),
+         "ascend_config.py:888"),
     Rule("eplb-policy", lambda a: a.extra("eplb_config.eplb_policy_type", 2) not in range(4),
          "--additional-config: eplb_policy_type is 0, 1, 2 or 3", "ascend_config.py:884"),
-    Rule("eplb-map", lambda a: not str(a.extra("eplb_config.expert_map_path", ".json")).endswith(".json"),
-         "--additional-config: expert_map_path must name a .json file", "ascend_config.py:869"),
+    Rule("eplb-map", _eplb_files, "--additional-config: expert_map_path and expert_map_record_path must be names that "
+         "end in .json, and the first of a file that is there", "ascend_config.py:869, 871"),
+    Rule("eplb-numbers", lambda a: any(_number(a.extra(f"eplb_config.{key}")) < 0 for key in _EPLB_NUMBERS),
+         f"--additional-config: {', '.join(_EPLB_NUMBERS)} of eplb_config must not be below 0", "ascend_config.py:882"),
+    Rule("eplb-stage", lambda a: a.extra("eplb_config.eplb_heat_collection_stage", "all") not in _EPLB_STAGES,
+         f"--additional-config: eplb_heat_collection_stage is one of {', '.join(_EPLB_STAGES)}",
+         "ascend_config.py:891"),
     Rule("blocking-graphs", lambda a: a.graphs and (a.environment or {}).get("ASCEND_LAUNCH_BLOCKING") == "1",
          "ASCEND_LAUNCH_BLOCKING=1 does not go with graphs: unset it, or add --enforce-eager to look for an error",
          "platform.py:651"),
@@ -230,7 +287,7 @@ RULES = (
     Rule("flashcomm1-sizes", _flashcomm_sizes, "--compilation-config: with enable_flashcomm1 some of "
          "cudagraph_capture_sizes must be multiples of --tensor-parallel-size", "platform.py:557"),
     Rule("flashcomm2", _flashcomm2, "--additional-config: enable_flashcomm2_parallel_size must be less than "
-         "--tensor-parallel-size and divide it; it does nothing for this model: leave it out", "utils.py:1326"),
+         "--tensor-parallel-size and divide it; it does nothing for this model: leave it out", "utils.py:1327"),
     Rule("shared-dp", lambda a: a.extra("enable_shared_expert_dp")
          and not (a.on("enable-expert-parallel") and a.size("tensor") > 1), "--additional-config: "
          "enable_shared_expert_dp does nothing without --expert-parallel and --tensor-parallel-size above 1",
@@ -253,11 +310,23 @@ RULES = (
          "ascend_config.py:91"),
     Rule("finegrained", _finegrained, "--additional-config: sizes of finegrained_tp_config must divide "
          "--data-parallel-size", "ascend_config.py:593"),
+    Rule("finegrained-decode", _decode_parts, "--additional-config: oproj and olora of finegrained_tp_config need "
+         "kv_role kv_consumer in --kv-transfer-config: leave them out", "ascend_config.py:558"),
+    Rule("finegrained-oproj", lambda a: a.extra("finegrained_tp_config.oproj_tensor_parallel_size", 0) > 0
+         and (a.size("tensor") > 1 or a.on("enforce-eager")), "--additional-config: oproj of finegrained_tp_config "
+         "needs graphs and --tensor-parallel-size 1", "ascend_config.py:546"),
     Rule("finegrained-recompute", lambda a: not a.extra("recompute_scheduler_enable")
          and (a.extra("finegrained_tp_config.oproj_tensor_parallel_size", 0) > 0
               or a.extra("finegrained_tp_config.embedding_tensor_parallel_size", 0) > 0), "--additional-config: oproj "
          "and embedding of finegrained_tp_config are for decode servers of a divided service: leave them out",
          "ascend_config.py:156"),
+    Rule("kv-connector", lambda a: a.role and not a.inside("kv-transfer-config.kv_connector"), "--kv-transfer-config: "
+         "kv_role without kv_connector: name what carries the cache",
+         "vLLM distributed/kv_transfer/kv_connector/factory.py"),
+    Rule("modes", lambda a: any(a.extra(mode, 0) not in range(3) for mode in ("weight_nz_mode", "enable_fused_mc2")),
+         "--additional-config: weight_nz_mode and enable_fused_mc2 are 0, 1 or 2", "nobody; ascend_config.py"),
+    Rule("sparse", _sparse, "--additional-config: hamming_sparse needs 'enabled' and 'sparse_json_location', the name "
+         "of a file that is there", "ascend_config.py:346"),
     Rule("kv-nz", lambda a: a.extra("enable_kv_nz"), "--additional-config: enable_kv_nz is for models with latent "
          "attention (MLA), which this is not: leave it out", "ascend_config.py:274"),
     Rule("mega-moe", lambda a: a.extra("mega_moe_max_tokens", 1) <= 0,
@@ -279,6 +348,8 @@ RULES = (
     Rule("pcp-dp", lambda a: a.size("data") > 1 and a.on("prefill-context-parallel-size")
          and a.settings["prefill-context-parallel-size"] > 1,
          "--prefill-context-parallel-size does not go with --data-parallel-size: take one", "platform.py:352"),
+    Rule("dcp-divides", lambda a: a.size("tensor") % int(a.settings.get("decode-context-parallel-size") or 1),
+         "--decode-context-parallel-size must divide --tensor-parallel-size", "vLLM config/parallel.py:488", _ALL),
     Rule("dcp", lambda a: a.shape is not None and (a.settings.get("decode-context-parallel-size") or 1) > 1
          and a.size("tensor") <= a.shape.num_key_value_heads, "--decode-context-parallel-size needs "
          "--tensor-parallel-size above the model's key-value heads", "vLLM config/model.py", _ALL),
