@@ -16,11 +16,13 @@ import ascend
 from ascend import BailingMoeV2ForCausalLM
 from ascend.config import BailingMoeV2Config
 from ascend.eagle3 import Eagle3Head, load_eagle3, random_head
-from ascend.eagle3_config import Eagle3Config, default_taps
+from ascend.eagle3_config import Eagle3Config, default_taps, open_head, tapped_layers
 from ascend.roofline import EAGLE3_PARAMETERS
 from ascend.speculation import SpeculativeDecoder
+from convert import eagle3_init
+from convert.eagle3_init import write_head
 from tests.drafts import plain_head
-from tests.tiny import checkpoint, edit_config, user_error
+from tests.tiny import checkpoint, edit_config, read_tensors, user_error
 
 H, HEADS, KV, D, WIDTH, V, DRAFTED = 64, 4, 2, 16, 40, 300, 50
 CONFIG: dict[str, Any] = {
@@ -239,3 +241,41 @@ def test_a_configuration_of_another_form_is_refused(
 ) -> None:
     (head_path / "config.json").write_text(text)
     assert words in user_error(load_eagle3, head_path, model)
+
+
+# --- heads made by `convert eagle3-init` ---
+
+
+@pytest.mark.parametrize(("layers", "tapped"), [(3, (0, 1, 2)), (4, (1, 2, 3)), (6, (1, 2, 5)), (32, (2, 16, 29))])
+def test_a_head_that_was_made_taps_what_it_says_whatever_the_depth(
+    layers: int, tapped: tuple[int, ...], tmp_path: Path
+) -> None:
+    """Its ids are outputs, as SpecForge counts, and are read as such by `tapped_layers`."""
+    model_path = checkpoint(tmp_path / "model", num_hidden_layers=layers, num_nextn_predict_layers=0)
+    write_head(tmp_path / "head", model_path, dtype="fp32", draft_vocab_size=50)
+    config, names = open_head(tmp_path / "head", ascend.load_model(model_path).config)
+    assert config.tapped == tapped
+    assert {"d2t", "t2d", "fc.weight"} <= names.keys()
+    head = load_eagle3(tmp_path / "head", ascend.load_model(model_path))
+    assert sorted(head.target.tolist()) == [i * V // 50 for i in range(50)]
+    assert (
+        eagle3_init.main(["eagle3-init", str(tmp_path / "again"), "--model", str(model_path), "--dtype", "fp32"]) == 0
+    )
+    assert read_tensors(tmp_path / "again")["lm_head.weight"].shape == (V, H)
+
+
+def test_two_meanings_of_the_ids_are_told_apart() -> None:
+    assert tapped_layers([1, 15, 28]) == (2, 16, 29)
+    assert tapped_layers([2, 16, 29]) == (2, 16, 29)
+
+
+def test_what_no_head_can_be_made_for_is_refused(tmp_path: Path) -> None:
+    model_path = checkpoint(tmp_path / "model")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "file").touch()
+    assert "not empty" in user_error(write_head, tmp_path / "full", model_path)
+    assert "is no directory" in user_error(write_head, tmp_path / "absent" / "head", model_path)
+    assert "between 1 and the model's 300" in user_error(
+        write_head, tmp_path / "head", model_path, draft_vocab_size=301
+    )
+    assert not (tmp_path / "head").exists()
