@@ -39,8 +39,6 @@ def check(settings: LaunchSettings) -> None:
         raise UserError(f"--emulate stands in for Ascend cards: it goes with --device npu, not {settings.device}")
     if settings.nodes > 1:
         raise UserError("--emulate is for one server: leave --nodes out")
-    if settings.engine != "vllm":
-        raise UserError("--emulate is for vLLM-Ascend: leave --engine out")
 
 
 def with_settings(planned: Mapping[str, Any]) -> dict[str, Any]:

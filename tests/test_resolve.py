@@ -57,6 +57,8 @@ def command(demo: Path, *arguments: str) -> list[str]:
         "--device cpu --max-model-len 8192",
         "--device npu --cards 8x910B3-64G --drain 30",
         "--device npu --cards 8x910B3 --tensor-parallel-size 4 --expert-parallel --speculative ngram:5",
+        "--device npu --emulate --cards 2x910B3 --speculative mtp",
+        "--device cpu --speculative mtp --speculative-tokens 2",
         '--device npu --cards 2x910B4 -- --additional-config {"weight_nz_mode":2} --hf-overrides {"x":1}',
         "--device npu --cards 2x910B4 --max-model-len 8192",
         "--device cuda --cards 4xH20-96G --kv-cache-dtype fp8",
