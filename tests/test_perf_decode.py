@@ -153,7 +153,7 @@ def test_mistakes_get_one_line(tmp_path: Path) -> None:
     for arguments, line in (
         (
             ["--model", "tinny"],
-            "--model tinny: neither a directory nor one of tiny, small, ling-mini, ling-flash, de",
+            "--model tinny: neither a directory nor one of tiny, tiny-npu, small, ling-mini, ling-flash, de",
         ),
         (["--model", "tiny", "--drafts", "x"], "--drafts 'x' is neither auto nor a number from 0 to 15"),
         (["--model", "tiny", "--drafts", "16"], "--drafts '16' is neither auto nor a number from 0 to 15"),

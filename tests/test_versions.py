@@ -145,7 +145,7 @@ def test_vllm_finds_the_plugin(package: dict[str, Any]) -> None:
 
 def test_documents_name_the_versions_that_are_used(package: dict[str, Any]) -> None:
     known: dict[str, set[str]] = {name: set() for name in TOLD}
-    for name, version in pins(*LOCKS).items():
+    for name, version in [*pins(*LOCKS).items(), *pins(*EMULATED).items()]:
         known.setdefault(name, set()).update({version, version.removesuffix("+cpu")})
     for extra in package["extras_require"].values():
         for requirement in map(Requirement, [*extra, *package["install_requires"]]):
