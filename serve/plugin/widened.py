@@ -53,7 +53,8 @@ class WidenedConfig(QuantizationConfig):
         cls, hf_quant_cfg: dict[str, Any], user_quant: str | None, hf_config: Any = None
     ) -> str | None:
         """Take over this architecture's quantised checkpoints, unless a method was asked for by name."""
-        ours = getattr(hf_config, "model_type", None) in MODEL_TYPES or MTP in (hf_config.architectures or ())
+        named = getattr(hf_config, "architectures", None) or ()
+        ours = getattr(hf_config, "model_type", None) in MODEL_TYPES or MTP in named
         widens = ours and hf_quant_cfg.get("quant_method") in METHODS
         return NAME if widens and user_quant in (None, NAME) else None
 
