@@ -18,12 +18,14 @@ from typing import Any, NamedTuple
 import pytest
 
 from ascend.checkpoint import Checkpoint, open_checkpoint
+from convert.eagle3_init import write_head
 from serve.args import parse
 from serve.config_file import as_flags
 from serve.engine_flags import read_flags
 from serve.engine_flags.rules import RULES, Rule
 from serve.nodes import node as nodes
 from serve.nodes.interfaces import Interface
+from serve.planning.model import model_in
 from serve.resolve import Resolved, resolve
 from tests.flag_cases import CASES
 from tests.npu_serve.headers import write_plain, write_quantised
@@ -62,6 +64,7 @@ def ask(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ask]:
 def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     home = tmp_path_factory.mktemp("models")
     plain = write_plain(home / "bf16")
+    write_head(home / "head", plain, draft_vocab_size=1000)
     return {
         "bf16": plain,
         "w8a8": write_quantised(home / "w8a8", plain, "w8a8"),
@@ -69,6 +72,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         "w4a16": write_quantised(home / "w4a16", plain, "w4a16"),
         "32k": write_plain(home / "32k", yarn=None),
         "mtp": write_plain(home / "mtp", num_nextn_predict_layers=1),
+        "head": home / "head",
     }
 
 
@@ -88,6 +92,8 @@ PLANS = {
     "MTP": ("mtp", "--cards 8x910B3-64G --speculative mtp"),
     "three drafts of one MTP layer": ("mtp", "--cards 8x910B3-64G --speculative mtp --speculative-tokens 3"),
     "ngram": ("bf16", "--cards 8x910B3-64G --speculative ngram:5"),
+    "EAGLE3": ("bf16", "--cards 8x910B3-64G --speculative eagle3:HEAD"),
+    "emulated cards": ("32k", "--emulate --cards 8x910B3-64G --max-model-len 4096"),
     "flags of the user's": (
         "w8a8",
         '--cards 8x910B3-64G --expert-parallel -- --additional-config {"enable_flashcomm1":true} '
@@ -100,7 +106,11 @@ PLANS = {
     "second of two servers": ("bf16", "--profile 910b-2node-16x64g-bf16 --node-address 10.0.0.9 --node-rank 1"),
     "two servers in W8A8": ("w8a8", "--profile 910b-2node-16x64g-w8a8 --node-address 10.0.0.1"),
 }
-DRAFTS = {"mtp": "BailingMoeV2MTPModel", "ngram": "BailingMoeV2ForCausalLM"}
+DRAFTS = {
+    "mtp": "BailingMoeV2MTPModel",
+    "eagle3": "LlamaForCausalLMEagle3",
+    "ngram": "BailingMoeV2ForCausalLM",  # itself: there is no other model
+}
 
 
 @pytest.fixture
@@ -109,6 +119,9 @@ def server(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(nodes, "interfaces", lambda: {"roce0": Interface("roce0", True, ("10.0.0.1",))})
     monkeypatch.setattr(nodes, "source_address", {"10.0.0.9": "10.0.0.1"}.get)
     monkeypatch.setattr(nodes, "_check_free", lambda address, port: None)
+
+
+cached_model = cache(model_in)
 
 
 @cache  # of 25,000 tensors each
@@ -127,6 +140,12 @@ def plain(model: Path) -> list[str]:
     return started(resolved(model, "--cards 8x910B3-64G"))
 
 
+@pytest.fixture(autouse=True)
+def read_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model is read once, not for each of its plans."""
+    monkeypatch.setattr("serve.resolve.model_in", cached_model)
+
+
 def started(one: Resolved) -> list[str]:
     """The flags of the engine that would run."""
     return one.command.command[one.command.command.index("--model") :]
@@ -136,7 +155,7 @@ def started(one: Resolved) -> list[str]:
 @pytest.mark.parametrize("name", PLANS)
 def test_a_plan_is_taken_and_comes_out_as_it_went_in(name: str, ask: Ask, models: dict[str, Path]) -> None:
     model, words = PLANS[name]
-    plan = resolved(models[model], words)
+    plan = resolved(models[model], words.replace("HEAD", str(models["head"])))
     answer = ask(started(plan), plan.command.environment)
     assert "error" not in answer, answer
     made = answer["config"]
