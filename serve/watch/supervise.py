@@ -251,7 +251,9 @@ class _Supervisor:
     def _begin_nothing_new(self, engine: EngineProcess) -> None:
         """Tell everyone that this server stops: it finishes what it has, and takes nothing any more."""
         notify("STOPPING=1")
-        self._retract()
+        with contextlib.suppress(OSError):  # then vLLM refuses in its own way
+            self._stopping.touch(0o640)
+        self._retract()  # in this order: who sees that the ready file is gone is refused
         self._events.write("drain", limit_seconds=self._settings.drain)
         print(
             f"stopping: running requests are finished, for at most {self._settings.drain:.0f} s; "
@@ -262,8 +264,6 @@ class _Supervisor:
         if drafts := read_acceptance(self._server):
             self._events.write("drafts", steps=drafts.steps, drafted=drafts.drafted, accepted=drafts.accepted)
             print(f"drafts: {drafts}", file=sys.stderr, flush=True)
-        with contextlib.suppress(OSError):  # then vLLM refuses in its own way
-            self._stopping.touch(0o640)
         seconds = min(ADMITTED_SECONDS, self._settings.drain)
         self._sleep(seconds, until=lambda: engine.poll() is not None or self._signals.again())
 
