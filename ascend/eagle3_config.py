@@ -57,7 +57,7 @@ class Eagle3Config:
             intermediate_size=H * 7 // 2,
             num_attention_heads=heads,
             num_key_value_heads=max(1, heads // 4),
-            head_dim=H // heads,
+            head_dim=model.head_dim,
             vocab_size=model.vocab_size,
             draft_vocab_size=min(32000, model.vocab_size),
             tapped=tapped,

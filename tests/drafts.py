@@ -54,28 +54,38 @@ def texts(model: BailingMoeV2ForCausalLM, prompts: list[list[int]], new_tokens: 
 
 @torch.no_grad()
 def fit_mtp(path: Path, prompts: list[list[int]], new_tokens: int) -> None:
-    """Fit the one MTP layer of a checkpoint, in place, by least squares: its `eh_proj`, with all behind it left out.
+    """Fit the MTP layers of a checkpoint, in place, by least squares: their `eh_proj`, with all behind it left out.
 
-    From the embedding of token t + 1 and the hidden state at t it then gives about the hidden state at t + 1, whose
-    logits are those of token t + 2.
+    From the embedding of token t + 1 and the hidden state at t the first then gives about the hidden state at t + 1,
+    whose logits are those of token t + 2; the second, from that and token t + 2, about the one at t + 2.
     """
     model, tensors = ascend.load_model(path), read_tensors(path)
-    layer = f"model.layers.{model.config.num_hidden_layers}."
-    for name in tensors:  # what is added to the stream becomes zero
-        if name.startswith(layer) and name.endswith(("attention.dense.weight", "down_proj.weight")):
-            tensors[name].zero_()
-    for name in ("enorm", "hnorm"):
-        tensors[f"{layer}{name}.weight"].fill_(1.0)
-    tensors[f"{layer}final_layernorm.weight"] = tensors["model.norm.weight"].clone()
-    inputs, outputs = [], []
-    for ids_T in texts(model, prompts, new_tokens):
-        hidden_TH = model(ids_T[None], output_hidden_states=True, return_dict=True).hidden_states[-1][0]
-        parts = (model.model.word_embeddings(ids_T[1:]), hidden_TH[:-1])
-        inputs.append(torch.cat([x / x.square().mean(-1, keepdim=True).sqrt() for x in parts], -1))
-        outputs.append(hidden_TH[1:] / tensors["model.norm.weight"])
-    x, y = torch.cat(inputs).double(), torch.cat(outputs).double()
-    inverse = torch.linalg.inv(x.T @ x + 1e-3 * torch.eye(x.shape[1], dtype=torch.float64))
-    tensors[f"{layer}eh_proj.weight"] = (inverse @ x.T @ y).T.float().contiguous()
+    norm_H, config = tensors["model.norm.weight"], model.config
+
+    def scaled(x: Tensor) -> Tensor:
+        return x / (x.square().mean(-1, keepdim=True) + config.rms_norm_eps).sqrt()
+
+    sequences = texts(model, prompts, new_tokens)
+    states = [model(one[None], output_hidden_states=True, return_dict=True).hidden_states[-1][0] for one in sequences]
+    given = states
+    for number in range(1, config.num_nextn_predict_layers + 1):
+        layer = f"model.layers.{config.num_hidden_layers + number - 1}."
+        for name in tensors:  # what is added to the stream becomes zero
+            if name.startswith(layer) and name.endswith(("attention.dense.weight", "down_proj.weight")):
+                tensors[name].zero_()
+        for name in ("enorm", "hnorm"):
+            tensors[f"{layer}{name}.weight"].fill_(1.0)
+        tensors[f"{layer}final_layernorm.weight"] = norm_H.clone()
+        inputs = [
+            torch.cat([scaled(model.model.word_embeddings(ids_T[number:])), scaled(hidden_TH[:-1])], -1)
+            for ids_T, hidden_TH in zip(sequences, given, strict=True)
+        ]
+        x = torch.cat(inputs).double()
+        y = torch.cat([hidden_TH[number:] / norm_H for hidden_TH in states]).double()
+        inverse = torch.linalg.inv(x.T @ x + 1e-3 * torch.eye(x.shape[1], dtype=torch.float64))
+        projection = (inverse @ x.T @ y).float()
+        tensors[f"{layer}eh_proj.weight"] = projection.T.contiguous()
+        given = [scaled(one @ projection) * norm_H for one in inputs]
     write_tensors(path, tensors)
 
 

@@ -204,7 +204,7 @@ SICK = {
 }
 SLOW = (links.check_hccn, npu_cards.check_ecc)  # they ask a tool for every card
 CASES = [
-    pytest.param(check, *case, marks=pytest.mark.slow if check in SLOW else ())
+    pytest.param(check, *case, marks=(pytest.mark.slow, pytest.mark.beside) if check in SLOW else ())
     for check, cases in SICK.items()
     for case in cases
 ]

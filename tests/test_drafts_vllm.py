@@ -1,4 +1,8 @@
-"""Draft models of the real vLLM for this architecture: MTP layers and EAGLE3 heads, fitted here, on the CPU in fp32."""
+"""Draft models of the real vLLM for this architecture: MTP layers and EAGLE3 heads, fitted here, on the CPU in fp32.
+
+The sampled ones with vLLM's newer runner take six minutes on Triton's interpreter, and are by hand:
+`VLLM_USE_V2_MODEL_RUNNER=1 tests/run.sh tests/test_drafts_vllm.py -k rejection`.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +10,7 @@ import json
 import os
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +27,7 @@ from tests.launcher import ROOT
 from tests.quantised import quantised_checkpoint
 from tests.tiny import edit_config, read_tensors, write_tensors
 
-NEW_TOKENS, SAMPLES, TEMPERATURE = 40, 3000, 0.7
+NEW_TOKENS, SAMPLES, TEMPERATURE = 24, 3000, 0.7
 CHI_SQUARE_BOUND = 5.0  # standard deviations of the statistic; chance gives that once in a million runs
 
 
@@ -31,12 +36,15 @@ def prompts(*lengths: int, below: int) -> list[list[int]]:
     return [torch.randint(0, below, (n,), generator=generator).tolist() for n in lengths]
 
 
-def run_vllm(directory: Path, cases: list[dict[str, Any]]) -> list[dict[str, Any]]:
+TEXTS = prompts(5, 37, 12, 60, 3, 20, below=2000)
+
+
+def run_vllm(directory: Path, cases: list[dict[str, Any]], **environment: str) -> list[dict[str, Any]]:
     (directory / "cases.json").write_text(json.dumps(cases))
     run = subprocess.run(
         [sys.executable, "-m", "tests.vllm_drafts", str(directory / "cases.json"), str(directory / "out.json")],
         cwd=ROOT,
-        env={**os.environ, "VLLM_CPU_OMP_THREADS_BIND": "nobind"},
+        env={**os.environ, "VLLM_CPU_OMP_THREADS_BIND": "nobind", **environment},
         capture_output=True,
         text=True,
         timeout=600,
@@ -47,12 +55,19 @@ def run_vllm(directory: Path, cases: list[dict[str, Any]]) -> list[dict[str, Any
     return answers
 
 
-def steps_of_ours(model_path: Path, texts: list[list[int]], drafts: int, head: Path | None) -> int:
+@cache
+def plain_text(model_path: Path) -> list[list[int]]:
+    """`ascend`'s own tokens, without drafts."""
+    model = ascend.load_model(model_path)
+    return [ascend.generate(model, torch.tensor([ids]), NEW_TOKENS)[0, len(ids) :].tolist() for ids in TEXTS]
+
+
+def steps_of_ours(model_path: Path, drafts: int, head: Path | None) -> int:
     """Verifications that `ascend` needs for the same text: as many only if it accepts the same drafts."""
     model = ascend.load_model(model_path)
     drafter, steps = load_eagle3(head, model) if head else None, 0
     with torch.inference_mode():
-        for ids in texts:
+        for ids in TEXTS:
             decoder = SpeculativeDecoder(model, torch.tensor([ids]), None, NEW_TOKENS, drafts=drafts, drafter=drafter)
             decoder.prefill()
             while decoder.answer.left():
@@ -61,50 +76,64 @@ def steps_of_ours(model_path: Path, texts: list[list[int]], drafts: int, head: P
     return steps
 
 
+@pytest.fixture(scope="module")
+def drafting(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Checkpoints and heads by name, all fitted to `TEXTS` but the quantised one's layer."""
+    home = tmp_path_factory.mktemp("drafting")
+    paths = {name: home / name for name in ("tiny", "two", "quantised", "head", "small", "inputs")}
+    write_demo(paths["tiny"], dtype="fp32")
+    fit_mtp(paths["tiny"], TEXTS, NEW_TOKENS)
+    write_demo(paths["two"], dtype="fp32", num_nextn_predict_layers=2)
+    fit_mtp(paths["two"], TEXTS, NEW_TOKENS)
+    quantised_checkpoint(paths["tiny"], paths["quantised"], "w8a8")
+    for name, size in (("head", None), ("small", 700), ("inputs", None)):
+        write_head(paths[name], paths["tiny"], dtype="fp32", draft_vocab_size=size)
+    # The other meaning of the ids: layers 2 and up are inputs. The fit sees the same ids, so the streams must agree.
+    named = {"eagle_aux_hidden_state_layer_ids": [0, 2, 3], "use_aux_hidden_state": True}
+    edit_config(paths["inputs"], eagle_config=named)
+    for name in ("head", "small", "inputs"):
+        assert fit_eagle3(paths[name], paths["tiny"], TEXTS, NEW_TOKENS, steps=60) > 0.9
+    return paths
+
+
+# Model, drafts and head. vLLM's two model runners prepare what draft models get in code of their own: the newer one is
+# what vLLM 0.32 takes for CUDA, the older one what the CPU and vLLM-Ascend 0.23 have; it uses one MTP layer of several.
+OLDER = [("tiny", 0, ""), ("tiny", 3, ""), ("tiny", 3, "head"), ("quantised", 0, ""), ("quantised", 1, "")]
+NEWER = [("two", 2, ""), ("tiny", 3, ""), ("tiny", 3, "head"), ("tiny", 3, "small"), ("tiny", 3, "inputs")]
+
+
 @pytest.mark.slow
 @pytest.mark.beside
-def test_greedy_text_is_that_of_plain_decoding_and_the_drafts_are_ours(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("runner", "variants"), [("0", OLDER), ("1", NEWER)], ids=["older runner", "newer runner"])
+def test_greedy_text_is_that_of_plain_decoding_and_the_drafts_are_ours(
+    runner: str, variants: list[tuple[str, int, str]], drafting: dict[str, Path], tmp_path: Path
+) -> None:
     """Every draft model accepts exactly what `ascend`'s own accepts, in prompts of several lengths at once."""
-    texts = prompts(5, 37, 12, 60, 3, 20, below=2000)
-    model, two, heads = tmp_path / "tiny", tmp_path / "two", [tmp_path / name for name in ("head", "small", "inputs")]
-    write_demo(model, dtype="fp32")
-    fit_mtp(model, texts, NEW_TOKENS)
-    write_demo(two, dtype="fp32", num_nextn_predict_layers=2)
-    write_head(heads[0], model, dtype="fp32")
-    assert fit_eagle3(heads[0], model, texts, NEW_TOKENS, steps=60) > 0.9
-    write_head(heads[1], model, dtype="fp32", draft_vocab_size=700)
-    fit_eagle3(heads[1], model, texts, NEW_TOKENS, steps=60)
-    # The other meaning of the ids: layers 2 and up are inputs. The fit sees the same ids, so the streams must agree.
-    write_head(heads[2], model, dtype="fp32")
-    edit_config(heads[2], eagle_config={"eagle_aux_hidden_state_layer_ids": [0, 2, 3], "use_aux_hidden_state": True})
-    assert fit_eagle3(heads[2], model, texts, NEW_TOKENS, steps=60) > 0.9
-    quantised = quantised_checkpoint(model, tmp_path / "quantised", "w8a8")
-    variants: list[tuple[Path, int, Path | None]] = [
-        (model, 0, None), (model, 1, None), (model, 3, None), *((model, 3, head) for head in heads),
-        (two, 0, None), (two, 2, None), (quantised, 0, None), (quantised, 1, None),
-    ]  # fmt: skip
 
-    def speculative(drafts: int, head: Path | None) -> dict[str, Any] | None:
-        named = {"method": "eagle3", "model": str(head)} if head else {"method": "mtp"}
+    def speculative(drafts: int, head: str) -> dict[str, Any] | None:
+        named = {"method": "eagle3", "model": str(drafting[head])} if head else {"method": "mtp"}
         return named | {"num_speculative_tokens": drafts} if drafts else None
 
-    greedy = {"temperature": 0.0, "max_tokens": NEW_TOKENS}
+    shared = {"prompts": TEXTS, "sampling": {"temperature": 0.0, "max_tokens": NEW_TOKENS}}
     answers = run_vllm(
         tmp_path,
         [
-            {"model": str(path), "speculative": speculative(drafts, head), "prompts": texts, "sampling": greedy}
-            for path, drafts, head in variants
+            {"model": str(drafting[model]), "speculative": speculative(drafts, head), **shared}
+            for model, drafts, head in variants
         ],
+        VLLM_USE_V2_MODEL_RUNNER=runner,
     )
-    plain = {path: answer["tokens"] for (path, drafts, _), answer in zip(variants, answers, strict=True) if not drafts}
-    for (path, drafts, head), answer in zip(variants, answers, strict=True):
-        assert answer["tokens"] == plain[path], (path, drafts, head)
+    for (model, drafts, head), answer in zip(variants, answers, strict=True):
+        variant = (model, drafts, head)
+        if model == "quantised":  # `ascend` rounds activations there, too
+            assert answer["tokens"] == answers[variants.index((model, 0, ""))]["tokens"], variant
+        else:
+            assert answer["tokens"] == [[one] for one in plain_text(drafting[model])], variant
         if drafts:
             assert answer["drafted"] == drafts * answer["drafts"]
-            if path != quantised:  # there `ascend` rounds activations, too
-                assert answer["drafts"] == steps_of_ours(path, texts, drafts, head), (path, drafts, head)
-    accepted = [answer["accepted"] / answer["drafts"] for answer in answers[1:6]]
-    assert min(accepted) > 0.2, accepted  # the fitted ones; the random layers of `two` agree by chance alone
+            assert answer["accepted"] / answer["drafts"] > (0.05 if model == "quantised" else 0.2), variant
+            if model != "quantised":
+                assert answer["drafts"] == steps_of_ours(drafting[model], drafts, drafting.get(head)), variant
 
 
 @pytest.mark.slow

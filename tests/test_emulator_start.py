@@ -67,6 +67,7 @@ def test_help() -> None:
 
 
 @pytest.mark.slow  # seconds; tests/npu runs the same way
+@pytest.mark.beside
 def test_a_program_sees_cards_and_ends_with_its_own_code(tmp_path: Path) -> None:
     # A sitecustomize of the user's own is run as ever: in the process that starts the program, and in the program.
     (tmp_path / "sitecustomize.py").write_text("print('mine')")
@@ -82,6 +83,7 @@ def test_a_torch_without_a_torch_npu_is_told(monkeypatch: pytest.MonkeyPatch) ->
 
 
 @pytest.mark.slow
+@pytest.mark.beside
 def test_without_an_index_the_user_is_told_what_to_do(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setenv("PIP_NO_INDEX", "1")
@@ -94,6 +96,7 @@ def test_without_an_index_the_user_is_told_what_to_do(monkeypatch: pytest.Monkey
 
 
 @pytest.mark.slow
+@pytest.mark.beside
 def test_the_runtime_is_built_once_and_answers_by_name(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     installed = package.folder(package.version())
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))

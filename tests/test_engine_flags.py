@@ -239,6 +239,7 @@ def real() -> Iterator[Any]:
 
 
 @pytest.mark.slow
+@pytest.mark.beside
 def test_the_list_is_that_of_the_installed_engine(real: Any) -> None:
     import vllm.envs
 
@@ -277,6 +278,7 @@ def outcome(read: Any) -> tuple[bool, Any]:
 
 
 @pytest.mark.slow
+@pytest.mark.beside
 @given(
     st.lists(
         st.tuples(st.sampled_from(SPELLINGS), st.lists(st.sampled_from(VALUES), max_size=2)), min_size=1, max_size=4

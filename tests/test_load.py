@@ -279,6 +279,16 @@ def test_the_table_shows_medians_over_repeats() -> None:
     assert len(heading) == len(line)
 
 
+def test_the_table_shows_what_became_of_drafts() -> None:
+    figures = {"spec_decode_acceptance_rate": 48.75, "spec_decode_acceptance_length": 1.4875}
+    rows = [ServeRow(8, None, 0, "", {"output_throughput": 90.0, **figures}, None)]
+    heading, line, *note = table(rows).splitlines()
+    assert heading.endswith("accepted %  tok/step")
+    assert line.split()[-2:] == ["48.8", "1.49"]
+    assert "drawn token ids" in note[0]
+    assert "The server drafts" not in table([ServeRow(8, None, 0, "", {"output_throughput": 90.0}, None)])
+
+
 COMMAND = ("--model", "DIR", "--out", "OUT", "--base-url", "URL")
 
 

@@ -104,6 +104,7 @@ def answer(*arguments: str, **environment: str) -> str:
 
 
 @pytest.mark.slow  # each is a start of its own
+@pytest.mark.beside
 @pytest.mark.parametrize("name", MISTAKES)
 def test_a_mistake(name: str, demo: Path) -> None:
     arguments, said, advised = MISTAKES[name]
@@ -122,6 +123,7 @@ def test_there_are_enough_of_them() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.beside
 def test_a_directory_that_others_may_write_to(demo: Path, tmp_path: Path) -> None:
     edit_config(demo)
     demo.chmod(0o777)

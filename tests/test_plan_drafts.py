@@ -140,6 +140,9 @@ def test_layers_take_turns() -> None:
     two = model_of({**MTP_CONFIG, "num_nextn_predict_layers": 2}, "two")
     with pytest.raises(UserError, match="--speculative-tokens 3 with 2 MTP layers"):
         make_plan(two, parse_cards("8x910B3"), Wanted(speculative="mtp", speculative_tokens=3))
+    for cards, is_warned in (("8x910B3", True), ("8xH20-96G", False)):
+        notes = make_plan(two, parse_cards(cards), Wanted(speculative="mtp", speculative_tokens=2)).warnings
+        assert any("the first of 2 MTP layers alone" in note for note in notes) == is_warned
 
 
 def test_a_head_of_another_model_is_refused(tmp_path: Path, head: Path) -> None:
@@ -156,6 +159,15 @@ def test_a_plan_that_is_written_down_is_the_same_again(head: Path) -> None:
             max_num_seqs=32, speculative=content["speculative"], speculative_tokens=content["speculative-tokens"]
         )
         assert again.settings == first.settings
+
+
+def test_a_head_that_no_ascend_card_takes_is_refused(tmp_path: Path) -> None:
+    write_demo(tmp_path / "tiny")
+    write_head(tmp_path / "head", tmp_path / "tiny")
+    model, wanted = model_in(tmp_path / "tiny"), Wanted(speculative=f"eagle3:{tmp_path / 'head'}")
+    with pytest.raises(UserError, match="with a head_dim of 32: the attention of an Ascend card takes 128 or 192"):
+        make_plan(model, parse_cards("1x910B3"), wanted)
+    assert drafting(make_plan(model, parse_cards("1xH20-96G"), wanted))["method"] == "eagle3"
 
 
 def test_an_embedding_of_its_own_is_counted(tmp_path: Path) -> None:

@@ -45,6 +45,7 @@ def rank_of(rank: int, tensor: int, experts: int, ranks: int = 2) -> Parallel:
 
 
 @pytest.mark.slow
+@pytest.mark.beside
 @pytest.mark.parametrize(("tensor", "experts"), [(2, 2), (2, 1)])
 @pytest.mark.parametrize("to", FORMATS)
 def test_a_ranks_part_is_what_it_would_quantise_itself(
@@ -78,6 +79,7 @@ def _logits(group: Any, path: Path, tensor: int, experts: int, quantise: str | N
 
 
 @pytest.mark.slow
+@pytest.mark.beside
 @pytest.mark.parametrize(("tensor", "experts"), [(2, 2), (2, 1), (1, 2)])
 @pytest.mark.parametrize("to", FORMATS)
 def test_two_ranks_compute_what_one_does(

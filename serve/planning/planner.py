@@ -369,6 +369,8 @@ def _warnings(draft: Draft, wanted: Wanted, step: float | None, memory: CardMemo
 
 def _draft_warnings(draft: Draft, wanted: Wanted) -> Iterator[str]:
     gained, drafter = draft.gain, draft.drafter
+    if drafter.method == "mtp" and drafter.layers > 1 and draft.cards.device == "npu":
+        yield f"vLLM-Ascend drafts with the first of {drafter.layers} MTP layers alone: fewer later drafts are right"
     if gained is None:
         if drafter.method in ("mtp", "eagle3"):
             yield f"whether drafts pay on a {draft.cards.facts.name} is unknown: measure with and without them"

@@ -21,6 +21,7 @@ MOST_GRAPHS = 32
 # HCCL_EXEC_TIMEOUT within [0, 2147483647], 0 for ever; with HCCL_OP_EXPANSION_MODE=AIV within [0, 1091].
 SHORTEST_TIMEOUT, LONGEST_CONNECT, LONGEST_EXEC = 120, 7200, 2**31 - 1
 MOST_TOKENS_EACH = 16  # vllm_ascend/attention/attention_v1.py:251: a token and its drafts
+NPU_HEAD_DIMS = (128, 192)
 QUANT_BLOCK = {"fp8": 128, "w4a16": 128, "w4a16-all": 128}  # inputs that share a scale (`ascend.precision`)
 NPU, CUDA, BOTH = ("npu",), ("cuda",), ("npu", "cuda")
 
@@ -174,6 +175,12 @@ def _draft_layers(draft: Draft) -> str | None:
 def _draft_stages(draft: Draft) -> str | None:
     if draft.drafter.layers and draft.division.pipeline > 1:
         return f"--speculative {draft.drafter.method} with --pipeline-parallel-size {draft.division.pipeline}"
+    return None
+
+
+def _draft_head_dim(draft: Draft) -> str | None:
+    if draft.drafter.method == "eagle3" and draft.drafter.head_dim not in NPU_HEAD_DIMS:
+        return f"--speculative {draft.drafter} with a head_dim of {draft.drafter.head_dim}"
     return None
 
 
@@ -332,6 +339,12 @@ TRAPS: dict[str, Trap] = {
         "the draft's layers are in the last stage, the embedding they need in the first",
         f"{_ASCEND}, platform.py:443; {_VLLM}, v1/spec_decode/llm_base_proposer.py",
         _draft_stages,
+    ),
+    "draft-head-dim": Trap(
+        NPU,
+        f"the attention of an Ascend card takes {' or '.join(map(str, NPU_HEAD_DIMS))}",
+        "torch_npu, npu_fused_infer_attention_score, layout TND",
+        _draft_head_dim,
     ),
     "step-holds-all": Trap(
         BOTH,

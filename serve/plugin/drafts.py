@@ -1,14 +1,21 @@
-"""How vLLM finds this architecture's MTP layers as a draft model.
+"""How vLLM finds this architecture's MTP layers as a draft model, and tells the compiled code of draft heads apart.
 
 vLLM makes the draft's configuration from the target's by ``SpeculativeConfig.hf_config_override``, a chain of cases by
 model type that none of 0.23 to 0.33 continues for BailingMoeV2 (``Unsupported speculative method: 'mtp'``), and that
 vllm-ascend replaces by a chain of its own (``patch/platform/patch_speculative_config.py``). We put one case before
 either. To be dropped when vLLM has it.
+
+vLLM keeps compiled code under a hash of the configuration. In 0.23 that knows nothing of a draft model's shape, and in
+no version of the layers that an EAGLE3 head names in its ``eagle_config``: with another head the code of the one before
+is taken, which does not start, or taps other layers. We add both to the hash.
 """
 
 from __future__ import annotations
 
+import functools
+import hashlib
 import importlib.util
+import json
 from collections.abc import Callable
 from typing import Any
 
@@ -43,3 +50,17 @@ def add_draft_config() -> None:
     if (theirs := getattr(SpeculativeConfig, _NAME)) is not draft_config:
         _vllm = theirs
         setattr(SpeculativeConfig, _NAME, staticmethod(draft_config))
+        SpeculativeConfig.compute_hash = _with_draft(SpeculativeConfig.compute_hash)  # type: ignore[method-assign]
+
+
+def _with_draft(compute_hash: Callable[[Any], str]) -> Callable[[Any], str]:
+    @functools.wraps(compute_hash)
+    def whole(speculative: Any) -> str:
+        known, draft = compute_hash(speculative), speculative.draft_model_config
+        if draft is None:
+            return known
+        settings = json.dumps(draft.hf_config.to_dict(), sort_keys=True, default=str)
+        anywhere = settings.replace(json.dumps(draft.model), "null")  # the same head at another path is the same code
+        return hashlib.sha256((known + anywhere).encode()).hexdigest()
+
+    return whole

@@ -3,7 +3,8 @@
 A layer takes the embedding of the next token and the main model's hidden state, each normalised, side by side through
 ``eh_proj`` to one state, and that through a decoder layer like all others and ``final_layernorm``; embedding table and
 head are the main model's (`ascend.model.MTPLayer`, the same arithmetic). Other than vLLM's own MTP models it does not
-zero the embedding at position 0: the authors' code does not.
+zero the embedding at position 0: the authors' code does not. Of several layers the newer model runner (of CUDA, in
+0.32) runs each for its draft; the older one, which vllm-ascend 0.23 has too, the first for all of them.
 
 T tokens of the step, H hidden_size.
 """

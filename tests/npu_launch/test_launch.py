@@ -17,10 +17,11 @@ import pytest
 
 from convert.command import main as convert
 from convert.demo import write_demo
+from convert.eagle3_init import write_head
 from serve import emulated
 from serve.config_file import as_flags
 from serve.planning.model import rope_settings
-from tests.drafts import fit_mtp
+from tests.drafts import fit_eagle3, fit_mtp
 from tests.launcher import LAUNCH, ROOT, Launched, free_port, wait_for
 from tests.test_parity_command import run
 
@@ -61,6 +62,8 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("models") / "tiny-npu"
     write_demo(path, "tiny-npu", dtype="fp32")
     fit_mtp(path, [PROMPT], TOKENS)
+    write_head(path.with_name("head"), path, dtype="fp32")
+    assert fit_eagle3(path.with_name("head"), path, [PROMPT], TOKENS, steps=60) > 0.9
     assert convert(["bf16", str(path), str(path.with_name("bf16"))]) == 0
     return path.with_name("bf16")
 
@@ -83,11 +86,13 @@ def test_it_answers_drafts_and_is_the_cpus_model(model: Path, tmp_path: Path) ->
         assert (code, "PASS" in said) == (0, True), said
     with launched(tmp_path / "one", model, "--max-num-seqs", "16") as (ready, _):
         plain = tokens_of(ready)
-    with launched(tmp_path / "drafts", model, "--max-num-seqs", "16", "--speculative", "mtp") as (ready, server):
-        assert tokens_of(ready) == plain
-    accepted = re.search(r"^drafts: (\d+) of \d+ accepted", server.output, re.MULTILINE)
-    assert accepted, server.output
-    assert int(accepted[1]) > 0
+    for method in ("mtp", f"eagle3:{model.with_name('head')}"):
+        drafting = tmp_path / method.partition(":")[0]
+        with launched(drafting, model, "--max-num-seqs", "16", "--speculative", method) as (ready, server):
+            assert tokens_of(ready) == plain
+        accepted = re.search(r"^drafts: (\d+) of \d+ accepted", server.output, re.MULTILINE)
+        assert accepted, server.output
+        assert int(accepted[1]) > 5
 
 
 def test_yarn_is_the_models_with_the_launchers_settings_and_not_without(tmp_path: Path) -> None:

@@ -107,6 +107,7 @@ def _facts(config: Any) -> dict[str, Any]:
         "graph-mode": graphs.cudagraph_mode.name,
         "graph-sizes": graphs.cudagraph_capture_sizes,
         "drafts": drafts and [drafts.method, drafts.num_speculative_tokens, drafts.draft_model_config.architectures[0]],
+        "compiled-under": config.compute_hash(),
     }
 
 

@@ -7,7 +7,9 @@ decided must come out of it unchanged.
 from __future__ import annotations
 
 import json
+import os
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -171,6 +173,29 @@ def test_a_plan_is_taken_and_comes_out_as_it_went_in(name: str, ask: Ask, models
     assert made["rope"].items() >= rope.items()
     drafts = wanted.get("speculative-config")
     assert made["drafts"] == (drafts and [drafts["method"], drafts["num_speculative_tokens"], DRAFTS[drafts["method"]]])
+
+
+def test_compiled_code_of_one_draft_head_is_not_taken_for_another(
+    ask: Ask, models: dict[str, Path], tmp_path: Path
+) -> None:
+    """Other layers to tap and another shape are another key; other weights alone are not."""
+
+    def key(head: Path) -> str:
+        answer = ask(started(resolved(models["bf16"], f"--cards 8x910B3-64G --speculative eagle3:{head}")))
+        assert "error" not in answer, answer
+        return answer["config"]["compiled-under"]
+
+    again, taps, shape = (tmp_path / name for name in ("again", "taps", "shape"))
+    for copy in (again, taps):
+        shutil.copytree(models["head"], copy, copy_function=os.link)
+    config = json.loads((taps / "config.json").read_text())
+    config["eagle_config"]["eagle_aux_hidden_state_layer_ids"] = [1, 9, 20]
+    (taps / "config.json").unlink()  # it is the other's, too
+    (taps / "config.json").write_text(json.dumps(config))
+    write_head(shape, models["bf16"], draft_vocab_size=900)
+    first = key(models["head"])
+    assert key(again) == first
+    assert len({first, key(taps), key(shape)}) == 3
 
 
 # What the rules say of it: each one is tried with what breaks it and with what just does not (`tests.flag_cases`)
