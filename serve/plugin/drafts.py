@@ -25,7 +25,7 @@ MTP = "BailingMoeV2MTPModel"
 # ``num_nextn_predict_layers``, as ours are counted.
 MODEL_TYPE = "glm4_moe_mtp"
 
-_NAME = "hf_config_override"
+_NAME, _HASH = "hf_config_override", "compute_hash"
 _vllm: Callable[[Any], Any] | None = None
 
 
@@ -50,7 +50,7 @@ def add_draft_config() -> None:
     if (theirs := getattr(SpeculativeConfig, _NAME)) is not draft_config:
         _vllm = theirs
         setattr(SpeculativeConfig, _NAME, staticmethod(draft_config))
-        SpeculativeConfig.compute_hash = _with_draft(SpeculativeConfig.compute_hash)  # type: ignore[method-assign]
+        setattr(SpeculativeConfig, _HASH, _with_draft(getattr(SpeculativeConfig, _HASH)))
 
 
 def _with_draft(compute_hash: Callable[[Any], str]) -> Callable[[Any], str]:
