@@ -5,9 +5,9 @@ model type that none of 0.23 to 0.33 continues for BailingMoeV2 (``Unsupported s
 vllm-ascend replaces by a chain of its own (``patch/platform/patch_speculative_config.py``). We put one case before
 either. To be dropped when vLLM has it.
 
-vLLM keeps compiled code under a hash of the configuration. In 0.23 that knows nothing of a draft model's shape, and in
-no version of the layers that an EAGLE3 head names in its ``eagle_config``: with another head the code of the one before
-is taken, which does not start, or taps other layers. We add both to the hash.
+vLLM keeps compiled code under a hash of the configuration. In 0.23 (and so vllm-ascend's) that knows neither a draft
+model's shape nor the layers that an EAGLE3 head names in its ``eagle_config``: for another head the code of the one
+before is taken, which does not start, or taps other layers. We add the draft's configuration; 0.32 has it itself.
 """
 
 from __future__ import annotations
