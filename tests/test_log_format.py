@@ -200,3 +200,18 @@ logging.getLogger("vllm.x").error("%d", "{WORD}")
     assert f"of asyncio {WITHHELD}" in done.stdout
     assert "an exception ended a thread" in done.stdout
     assert json.loads(CONFIG_FILE.read_text())["version"] == 1
+
+
+def test_a_library_that_quiets_the_root_logger_leaves_vllms_alone() -> None:
+    """vLLM's dependency for SageMaker does it when vLLM 0.23 imports its API server; stages were seen no more."""
+    program = (
+        "import json, logging, logging.config\n"
+        f"logging.config.dictConfig(json.load(open({str(CONFIG_FILE)!r})))\n"
+        "import model_hosting_container_standards.logging_config\n"
+        "logging.getLogger('vllm.engine').info('Loading weights took 3 s')\n"
+        "logging.getLogger('theirs').error('it broke')\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    first, second = done.stdout.splitlines()
+    assert first.endswith("Loading weights took 3 s")
+    assert second.endswith("it broke")

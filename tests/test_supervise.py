@@ -60,6 +60,18 @@ def test_a_failure_before_it_was_ever_ready_is_final(started: Callable[..., Laun
 
 
 @pytest.mark.slow
+@pytest.mark.beside
+def test_a_core_that_failed_and_does_not_end_is_ended(started: Callable[..., Launched]) -> None:
+    """As with vLLM-Ascend on several cards, whose core waits for its workers: the API server never hears of it."""
+    prefix = "(EngineCore pid=9) ERROR 11-23 08:00:00 [core.py:7]"
+    said = f"{prefix} EngineCore failed to start.\n{prefix} RuntimeError: NPU out of memory"
+    launched = started({"log": said, "load": 60})
+    assert launched.process.wait(25) == 1
+    assert "error: the engine did not start: RuntimeError: NPU out of memory" in launched.output
+    assert launched.processes() == set()
+
+
+@pytest.mark.slow
 def test_the_first_request_is_watched(started: Callable[..., Launched]) -> None:
     dying, hanging = started({"die_at_token": 3}), started({"hang_at_token": 3}, flags="--timeout 6")
     assert dying.process.wait(20) == hanging.process.wait(30) == 1

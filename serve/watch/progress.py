@@ -18,6 +18,8 @@ STAGES = (
     ("Loading weights took", "warming up"),
     ("Starting vLLM server on", "opening the port"),
 )
+# vLLM's engine core, before it ends; what its whole start then ends with.
+FAILED = "EngineCore failed to start."
 ANSWERING = "answering the first request"
 COMPARING = "comparing with the recorded answer"
 LAST_BYTES = 1 << 20  # of a log, for the line that says why an engine ended
@@ -28,6 +30,7 @@ _PYDANTIC = "Value error, "  # how pydantic begins, and " [type=value_error, …
 _CONSEQUENCES = (
     "Engine core initialization failed",
     "WorkerProc initialization failed",
+    "Worker failed with error",
     "See root cause",
     "See stack trace",
     "raise ",
@@ -80,6 +83,7 @@ class Progress:
         self._terminal = sys.stderr.isatty()
         self._start = time.monotonic() - (time.time() - started_at)
         self._marks = [("environment and checks", self._start)]
+        self._failed_at: float | None = None
         self.enter("importing the engine")
 
     def enter(self, stage: str) -> None:
@@ -96,9 +100,15 @@ class Progress:
             for text, stage in STAGES:
                 if text in line:
                     self.enter(stage)
+            if self._failed_at is None and line.endswith(FAILED):
+                self._failed_at = time.monotonic()
         if self._terminal:
             line = f"{time.monotonic() - self._start:6.1f} s  {self._marks[-1][0]}"
             print(f"\r\033[K{line}", end="", file=sys.stderr, flush=True)
+
+    def failed_for(self) -> float:
+        """Seconds since the engine's core said that it does not start; 0 if it has not."""
+        return 0.0 if self._failed_at is None else time.monotonic() - self._failed_at
 
     def close(self) -> list[tuple[str, float]]:
         """End the display. Returns the stages with the seconds each took."""

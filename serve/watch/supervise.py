@@ -47,6 +47,8 @@ from serve.watch.systemd import feed_watchdog, notify
 POLL_SECONDS = 0.2
 # Between refusing new requests and SIGTERM: what had come before is by then with the engine, which finishes it.
 ADMITTED_SECONDS = 1.0
+# vLLM ends by itself after its core has failed; vLLM-Ascend's core waits for its workers, for ever.
+FAILED_SECONDS = 10.0
 TOLD_SECONDS = 2.0  # for the API server to tell its clients that the engine behind it is gone
 
 
@@ -161,7 +163,7 @@ class _Supervisor:
 
         def look() -> None:
             self._look_around(log)
-            if engine.poll() is not None:
+            if engine.poll() is not None or progress.failed_for() > FAILED_SECONDS:
                 raise EngineError(f"the engine did not start: {error_line(self._server.log)}")
 
         try:
