@@ -5,6 +5,7 @@ it does where the environment has ``CI`` set. torch 2.11 or newer. Without a car
 `python -m ascend.emulator -- python serve/upstream/op_aliases.py`.
 """
 
+import os
 import warnings
 
 import torch
@@ -12,6 +13,7 @@ import torch_npu  # noqa: F401, the device
 import vllm_ascend.ops.register_custom_ops  # noqa: F401
 from torch._functorch import config
 
+os.environ["PYTORCH_NPU_ALLOC_CONF"] = ""  # an emulated card would complain of the platform's choice
 hidden, residual = torch.ones(4, 8).npu(), torch.ones(4, 8).npu()
 op = torch.ops.vllm.maybe_chunk_residual
 print(f"the output is the input: {op(hidden, residual).data_ptr() == residual.data_ptr()}")

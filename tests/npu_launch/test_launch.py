@@ -101,7 +101,8 @@ def test_it_answers_drafts_and_is_the_cpus_model(model: Path, tmp_path: Path, mo
 
 def test_a_start_that_fails_on_several_cards_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """vllm-ascend's core then waits for its workers, which wait for it, and the API server for the core."""
-    monkeypatch.setenv("TORCHINDUCTOR_ERROR_ON_CUSTOM_OP_ALIASING", "1")  # its ops return what they were given
+    monkeypatch.setenv("TORCHINDUCTOR_ERROR_ON_CUSTOM_OP_ALIASING", "1")  # its ops return what they were given …
+    monkeypatch.setenv("VLLM_DISABLE_COMPILE_CACHE", "1")  # … and only new code is looked at
     server = Launched(tmp_path, "--device", "npu", "--emulate", "--cards", "2x910B3-64G", "--max-num-seqs", "4")
     try:
         assert server.process.wait(SECONDS) == 1
