@@ -283,6 +283,7 @@ def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.slow
+@pytest.mark.beside
 def test_int4_is_nearer_to_the_source_on_other_texts(model_dir: Path, tmp_path: Path) -> None:
     config = json.loads((model_dir / "config.json").read_text())
     seen, other = texts(1, 32, 64, config["vocab_size"]), texts(2, 8, 64, config["vocab_size"])

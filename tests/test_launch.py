@@ -392,6 +392,7 @@ def test_locked_finds_the_first_difference(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.beside
 def test_an_installation_that_fails_is_one_line_and_is_redone(tmp_path: Path) -> None:
     root = tmp_path / "clone with spaces"
     shutil.copytree(ROOT / "serve", root / "serve")

@@ -43,6 +43,7 @@ print(json.dumps({"model": nbytes, "peak": peak - before - nbytes, "left": rss -
 
 
 @pytest.mark.slow
+@pytest.mark.beside
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_a_gigabyte_needs_next_to_nothing_beyond_itself(dtype: str, tmp_path: Path) -> None:
     demo = write_demo(tmp_path / "demo", "small", max_shard_size="400MB")

@@ -61,6 +61,7 @@ def path(tmp_path: Path) -> Path:
 
 
 @pytest.mark.slow
+@pytest.mark.beside
 def test_a_worker_answers_and_then_dies(path: Path) -> None:
     worker = living(Worker("lean", setting(path), os.environ, verbose=False))
     try:
@@ -78,6 +79,7 @@ def test_a_worker_answers_and_then_dies(path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.beside
 def test_a_worker_that_cannot_start_says_why(path: Path, tmp_path: Path) -> None:
     (path / "model.safetensors").write_bytes(b"no tensors")
     worker = Worker("lean", setting(path), os.environ, verbose=False)

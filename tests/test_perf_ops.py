@@ -463,6 +463,7 @@ def test_mistakes_get_one_line(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.beside
 def test_with_the_real_rates(tmp_path: Path) -> None:
     path = tiny.checkpoint(tmp_path / "demo", "bf16")
     out = tmp_path / "a.json"

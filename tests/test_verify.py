@@ -312,6 +312,7 @@ def test_a_manifest_is_only_made_of_a_whole_checkpoint(copy: Callable[[str], Pat
 
 
 @pytest.mark.slow
+@pytest.mark.beside
 def test_values_are_looked_at_in_flat_memory(tmp_path: Path) -> None:
     """A tensor of 400 MB, not written but for its end."""
     header = {"x": {"dtype": "BF16", "shape": [50_000, 4096], "data_offsets": [0, 50_000 * 8192]}}
