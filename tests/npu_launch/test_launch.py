@@ -7,6 +7,7 @@ import os
 import re
 import signal
 import subprocess
+import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -30,6 +31,7 @@ pytestmark = pytest.mark.slow  # an engine each: most of a minute
 SECONDS = 600.0  # the first start makes the environment
 PROMPT = list(range(100, 130))
 TOKENS = 24
+WORD = "kanarienvogel"  # of a request, so it is in no file
 YARN_LENGTH = 64  # beyond it positions are stretched; the prompts of `perf parity` below are longer
 
 
@@ -88,8 +90,10 @@ def test_it_answers_drafts_and_is_the_cpus_model(model: Path, tmp_path: Path, mo
     with launched(tmp_path / "plain", model, *flags) as (ready, server):
         assert "EMULATED" in server.output
         assert ready["device"] == "npu (emulated)"
-        chat = asked(ready, "chat/completions", messages=[{"role": "user", "content": "Hello"}], max_tokens=8)
+        chat = asked(ready, "chat/completions", messages=[{"role": "user", "content": WORD}], max_tokens=8)
         assert chat["choices"][0]["message"]["content"]
+        with pytest.raises(urllib.error.HTTPError, match="400"):
+            asked(ready, "completions", prompt=WORD, structured_outputs={"regex": f"({WORD}"})
         assert "warming up" in server.output  # what the engine is doing is read from its log
         code, said = parity(tmp_path / "cpu.safetensors", ready)
         assert (code, "PASS" in said) == (0, True), said
@@ -106,6 +110,9 @@ def test_it_answers_drafts_and_is_the_cpus_model(model: Path, tmp_path: Path, mo
         assert accepted, server.output
         assert int(accepted[1]) > 5
     assert not (tmp_path / "home" / "ascend" / "log").exists()  # vllm-ascend's own log has what ours withholds
+    written = [file for file in tmp_path.rglob("*") if file.is_file()]
+    assert any(file.name.startswith("engine-") for file in written)
+    assert not [file for file in written if WORD.encode() in file.read_bytes()]
 
 
 def test_a_start_that_fails_on_several_cards_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
