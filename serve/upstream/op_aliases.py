@@ -9,8 +9,7 @@ import os
 import warnings
 
 import torch
-import torch_npu  # noqa: F401, the device
-import vllm_ascend.ops.register_custom_ops  # noqa: F401
+import vllm_ascend.ops.register_custom_ops  # noqa: F401, brings the device, too
 from torch._functorch import config
 
 os.environ["PYTORCH_NPU_ALLOC_CONF"] = ""  # an emulated card would complain of the platform's choice
