@@ -109,6 +109,11 @@ class Launched:
         self._sessions |= {pid for pid in marked if _is_session_leader(pid)}
         return marked.union(*map(session_members, self._sessions))
 
+    def titled(self, title: str) -> int:
+        """The one process whose title begins so: vLLM gives its inner processes titles."""
+        (found,) = [pid for pid in self.processes() if _read(pid, "cmdline").startswith(title.encode())]
+        return found
+
 
 def listening_addresses(pids: set[int]) -> set[str]:
     """The local addresses, as the kernel writes them, on which the processes listen for TCP."""

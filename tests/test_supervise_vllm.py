@@ -20,14 +20,6 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 HANG = 5.0
 
 
-def engine_process(launched: Launched, title: str) -> int:
-    """The engine's process of this title, as vLLM sets it."""
-    (found,) = [
-        pid for pid in launched.processes() if Path(f"/proc/{pid}/cmdline").read_bytes().startswith(title.encode())
-    ]
-    return found
-
-
 def test_a_killed_engine_core_is_told_and_replaced_and_sigterm_lets_all_finish(tmp_path: Path) -> None:
     write_demo(tmp_path / "tiny", dtype="fp32")
     launched = Launched(
@@ -44,7 +36,7 @@ def test_a_killed_engine_core_is_told_and_replaced_and_sigterm_lets_all_finish(t
     assert wait_for(crowd.begun, 30)
     time.sleep(HANG * 1.5)
     assert events() == ["start", "ready"]  # no false alarm
-    os.kill(engine_process(launched, "VLLM::EngineCore"), signal.SIGKILL)
+    os.kill(launched.titled("VLLM::EngineCore"), signal.SIGKILL)
     died_at = time.monotonic()
     assert wait_for(lambda: not launched.ready_file.exists(), 2)
     for outcome in crowd.wait(10):

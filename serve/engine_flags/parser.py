@@ -8,6 +8,7 @@ JSON. The rest, such as unambiguous beginnings, is argparse's own doing, so argp
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
 import json
 import re
@@ -117,10 +118,8 @@ def _dashes(words: list[str]) -> Iterable[str]:
 
 
 def _value(text: str) -> Any:
-    try:
+    with contextlib.suppress(ValueError):
         return json.loads(text)
-    except ValueError:
-        pass
     try:
         return int_with_suffix(text)
     except argparse.ArgumentTypeError:

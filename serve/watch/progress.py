@@ -18,7 +18,7 @@ STAGES = (
     ("Loading weights took", "warming up"),
     ("Starting vLLM server on", "opening the port"),
 )
-# vLLM's engine core, before it ends; what its whole start then ends with.
+# What vLLM's engine core says last when it cannot start; then it ends, or should.
 FAILED = "EngineCore failed to start."
 ANSWERING = "answering the first request"
 COMPARING = "comparing with the recorded answer"

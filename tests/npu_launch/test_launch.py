@@ -70,12 +70,6 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path.with_name("bf16")
 
 
-def worker(server: Launched) -> int:
-    """The process of the second card."""
-    named = {pid: Path(f"/proc/{pid}/cmdline").read_bytes() for pid in server.processes()}
-    return next(pid for pid, name in named.items() if name.startswith(b"VLLM::Worker_TP1"))
-
-
 def parity(record: Path, ready: dict[str, Any]) -> tuple[int, str]:
     done = run("check", record, ready["base_url"].removesuffix("/v1"), "--served-model", ready["model"])
     return done.returncode, done.stdout + done.stderr
@@ -97,7 +91,7 @@ def test_it_answers_drafts_and_is_the_cpus_model(model: Path, tmp_path: Path, mo
         assert "warming up" in server.output  # what the engine is doing is read from its log
         code, said = parity(tmp_path / "cpu.safetensors", ready)
         assert (code, "PASS" in said) == (0, True), said
-        os.kill(worker(server), signal.SIGKILL)
+        os.kill(server.titled("VLLM::Worker_TP1"), signal.SIGKILL)
         assert wait_for(lambda: "ready again after" in server.output, SECONDS), server.output
         assert "(VLLM::Worker_TP1_EP1 is gone)" in server.output
     with launched(tmp_path / "one", model, "--max-num-seqs", "16") as (ready, _):
